@@ -188,7 +188,7 @@ def fill(engine: Engine, mix: Mix, count: int, now: dt.datetime) -> None:
                 "base_model": "org/model", "data": {}, "priority": priority, "vram_lora": need.lora,
                 "vram_qlora": need.qlora, "vram_needed": least, "vram_class": vram_class(least), "planned": vars(need),
                 "queue_key": queue_key(priority, METHODS, need, Ways(), {}, user),
-                "methods": [m.value for m in METHODS], "max_retries": 2, "status": Status.QUEUED, "held": False,
+                "methods": [m.value for m in METHODS], "status": Status.QUEUED, "held": False,
                 "attempt": 0, "retries_used": 0, "submitted_at": now - dt.timedelta(seconds=mix.waited_s),
             }
         )  # fmt: skip

@@ -168,7 +168,7 @@ def look(store: Store, times: Times, number: int) -> None:
 def go_round(store: Store, times: Times, number: int) -> None:
     turn = None
     with times.of("asking for the turn"):
-        turn = store.cards.take_turn(name(number), FLEET_ROUND_S, 0.0)
+        turn = store.cards.take_turn(FLEET_ROUND_S, 0.0)
     if turn is not None:
         with times.of("the fleet's round"):
             store.attempts.reap()

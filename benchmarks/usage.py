@@ -162,7 +162,7 @@ def _set_quotas(store: Store, kind: str) -> None:
     if kind != "no quota":
         for number in range(USERS):
             used_up = kind == "half used up" and number % 2
-            store.usage.set_quota(f"user{number}", 0.0 if used_up else 1e6, 7 * 86400, "root", soft=False)
+            store.usage.set_quota(f"user{number}", 0.0 if used_up else 1e6, 7 * 86400, soft=False)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def adopt(settings: Settings, store: Store, *, empty: bool = False) -> str:
         if (mark := artifacts.read_mark()) is None:
             mark = store.lab.setting(SETTING) or secrets.token_hex(16)  # running workers know the former
             artifacts.write_mark(mark)
-        store.lab.set(SETTING, mark, settings.user)
+        store.lab.set(SETTING, mark)
     return mark
 
 

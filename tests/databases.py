@@ -107,7 +107,7 @@ class KeptDatabase:
         return str(connection.execute(text(_FORM)).scalar())
 
 
-OPEN_LAB = "INSERT INTO lab_settings VALUES ('changes', 'open', 'tests', '2026-01-01 00:00:00')"
+OPEN_LAB = "INSERT INTO lab_settings VALUES ('changes', 'open')"
 """People of tests change each other's jobs, where a test is not about that."""
 
 _END_OTHERS = """

@@ -216,8 +216,8 @@ def _last_week(lab: webs.SeededLab) -> None:
     lab.pass_(4 * 3600)
     lab.store.attempts.finish(lost, Reason.OUT_OF_MEMORY, "out of memory at step 400", Progress())
     lab.store.jobs.cancel(lost.job_id, "jonas")
-    lab.store.usage.set_quota("priya", 24.0, 7 * 86400, "lena", soft=False)
-    lab.store.usage.set_quota("wei", 4.0, 7 * 86400, "lena", soft=True)
+    lab.store.usage.set_quota("priya", 24.0, 7 * 86400, soft=False)
+    lab.store.usage.set_quota("wei", 4.0, 7 * 86400, soft=True)
 
 
 def _running(lab: webs.SeededLab) -> None:

@@ -67,7 +67,7 @@ def reader(url: str, clock: Callable[[], dt.datetime]) -> Store:
 def seed(url: str, folder: Path, now: dt.datetime | None = None) -> SeededLab:
     """Boxes, and jobs that run, wait, are held, can never run, failed, and have ended well; a sweep of six."""
     lab = reopen(url, folder, now or dt.datetime.now(dt.UTC))
-    lab.store.lab.set("changes", "open", "root")
+    lab.store.lab.set("changes", "open")
     end, lab.now = lab.now, lab.now - dt.timedelta(hours=3)
     past(lab)
     for name, user, node, size, steps in (
@@ -106,8 +106,8 @@ def one_of_each(url: str, artifacts: ArtifactStore) -> None:
     job = replace(submission(lora=92, qlora=None, user="wei", name="shared"), ways=Ways(gangs=(way,)))
     lab.store.jobs.submit(replace(job, data={"path": {"uri": "datasets/x", "sha256": "x", "rows": 10, "tokens": 100}}))
     lab.store.adapters.tag(Reference(name="ended"), "prod", "mara")
-    lab.store.usage.set_quota("wei", 1.0, 86400, "root", soft=True)
-    lab.store.lab.set("store", "mark", "root")
+    lab.store.usage.set_quota("wei", 1.0, 86400, soft=True)
+    lab.store.lab.set("store", "mark")
     queue(lab, "blocked", "wei", 1, after=[failed.job_id])
     with engine.begin() as connection:
         connection.execute(insert(LabelSet).values(label_set="x", labels={"team": "nlp"}))
@@ -138,7 +138,7 @@ def reopen(url: str, folder: Path, now: dt.datetime) -> SeededLab:
 def see_cards(store: Store, **changed: dict[str, Any]) -> None:
     """Every card's worker writes its row, and one has gone round for all."""
     with store.begin(read_only=False) as tx:
-        tx.put(FleetRound, "name", {"name": LEASES, "node": "heron:0", "at": tx.now(), "settled_at": tx.now()})
+        tx.put(FleetRound, "name", {"name": LEASES, "at": tx.now(), "settled_at": tx.now()})
     jobs = {job.job_id: job for job in store.cards.fleet().running.values()}
     for node, (name, size) in CARDS.items():
         used = {str(n): int(0.9 * (job.vram_reserved or 0)) for n, job in jobs.items() if job.node == node}

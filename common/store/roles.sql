@@ -133,7 +133,7 @@ DECLARE
     WHEN 'held' THEN '{message,held}'
     WHEN 'retry' THEN '{status,reason,message,held,ended_at,not_before,retries_used,step,total_steps,loss,
       tokens_per_second,lab_failures,lab_step,avoids,result_until}'
-    WHEN 'edited' THEN '{name,labels,spec,priority,methods,preemptible,yields,version,max_retries,vram_lora,
+    WHEN 'edited' THEN '{name,labels,spec,priority,methods,preemptible,yields,version,vram_lora,
       awaits,checkpoint_s,begun_bf16,extent,forecasts,work_left_s,
       vram_qlora,vram_needed,vram_class,planned,need_key,family,engine,queue_key,lora_until,adjustment,gangs,roomy}'
     END;

@@ -94,7 +94,7 @@ _BEGUN = shapes.fields(job=shapes.either(_DRAWN, shapes.text), sweep=_DRAWN)
 _SPEC = shapes.fields(
     after=list_of(shapes.either(_DRAWN, shapes.text), most=_MOST_AFTER), after_any=shapes.flag,
     lora=shapes.fields(init_from=shapes.either(shapes.text, _BEGUN)), lora_patience=shapes.number(0, MOST_SECONDS),
-    notify=list_of(shapes.text), task_type=shapes.text, revision=shapes.text,
+    max_retries=whole(), notify=list_of(shapes.text), task_type=shapes.text, revision=shapes.text,
     resources=shapes.fields(
         max_vram=whole(0, LAST_NUMBER), time_limit=shapes.number(0, MOST_SECONDS), node_labels=shapes.labels
     ),
@@ -235,7 +235,6 @@ class Job(Base):
     result_until: Mapped[Timestamp | None]  # until then only that box may take the job
     # what out-of-memory has changed: micro-batch, accumulation, ...
     adjustment: Mapped[dict[str, Any] | None] = mapped_column(Json(_PIECE, null=True))
-    max_retries: Mapped[int]
 
     status: Mapped[Status] = mapped_column(Words(Status))
     reason: Mapped[Reason | None] = mapped_column(Words(Reason))
@@ -473,7 +472,6 @@ class FleetRound(Base):
     __tablename__ = "fleet_rounds"
 
     name: Mapped[str] = mapped_column(primary_key=True)
-    node: Mapped[str]  # that did it last
     at: Mapped[Timestamp]
     settled_at: Mapped[Timestamp]  # until then no lease is ended: living workers had no database for a while
 
@@ -519,7 +517,6 @@ class DrainOrder(Base):
     target: Mapped[str] = mapped_column(primary_key=True)  # a host, or host:index
     user: Mapped[str]
     reason: Mapped[str] = mapped_column(Prose())
-    at: Mapped[Timestamp]
     until: Mapped[Timestamp | None]
     now: Mapped[bool]  # running jobs are requeued after a checkpoint
 
@@ -569,8 +566,6 @@ class Quota(Base):
     card_hours: Mapped[float] = mapped_column(Real(0))
     window_s: Mapped[int]
     soft: Mapped[bool]  # beyond it the user's jobs go last; else they wait
-    set_by: Mapped[str]
-    at: Mapped[Timestamp]
     used: Mapped[float] = mapped_column(Real(0), default=0.0)  # by attempts that have ended, as of the fleet's round
     below_at: Mapped[Timestamp | None]  # when that alone is below the quota; null: it is now
 
@@ -582,8 +577,6 @@ class LabSetting(Base):
 
     name: Mapped[str] = mapped_column(Characters(64), primary_key=True)
     value: Mapped[str] = mapped_column(Prose())
-    set_by: Mapped[str]
-    at: Mapped[Timestamp]
 
 
 class Quarantined(Base):
@@ -624,7 +617,6 @@ class LogChunk(Base):
     chunk_id: Mapped[Key]
     job_id: Mapped[JobKey] = mapped_column(index=True)
     attempt: Mapped[int]
-    at: Mapped[Timestamp]
     text: Mapped[str] = mapped_column(Prose(MIB))
 
 

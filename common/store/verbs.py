@@ -207,7 +207,7 @@ class CardVerbs(Subject):
 
     nodes = lists(nodes.nodes)  # last: it hides the module
 
-    def take_turn(self, node: str, every_s: float, settle_s: float) -> FleetTurn | None:
+    def take_turn(self, every_s: float, settle_s: float) -> FleetTurn | None:
         """The node's turn to do what concerns the whole fleet: reap, preempt, end_patience.
 
         None when another does so now, or did within `every_s`. After an outage of the database living workers have
@@ -217,7 +217,7 @@ class CardVerbs(Subject):
             if not fleet_rounds.is_due(tx, every_s):
                 return None
         with self._write() as tx:
-            return fleet_rounds.take_turn(tx, node, every_s, settle_s)
+            return fleet_rounds.take_turn(tx, every_s, settle_s)
 
 
 class AdapterVerbs(Subject):

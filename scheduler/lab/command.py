@@ -118,8 +118,8 @@ def lab_close() -> None:
 def _let_change(value: str, said: str) -> None:
     from loractl.scheduler.cli.session import open_session
 
-    settings, store = open_session()
-    store.lab.set("changes", value, settings.user)
+    _, store = open_session()
+    store.lab.set("changes", value)
     click.echo(said)
 
 
@@ -132,8 +132,8 @@ def lab_order(order: str) -> None:
     """
     from loractl.scheduler.cli.session import open_session
 
-    settings, store = open_session()
-    store.lab.set("order", order, settings.user)
+    _, store = open_session()
+    store.lab.set("order", order)
     said = "the least work first, weighed by use and wait" if order == "work" else "by priority, use and age, as before"
     click.echo(f"Jobs start in this order: {said}.")
 
@@ -149,8 +149,8 @@ def lab_give_way(when: str) -> None:
     from loractl.scheduler.cli.session import open_session
 
     value, said = _give_way(when)
-    settings, store = open_session()
-    store.lab.set("give-way", value, settings.user)
+    _, store = open_session()
+    store.lab.set("give-way", value)
     click.echo(said)
 
 
@@ -177,7 +177,7 @@ def lab_operators(added: tuple[str, ...], removed: tuple[str, ...]) -> None:
     from loractl.common.errors import UsageError
     from loractl.scheduler.cli.session import open_session
 
-    settings, store = open_session()
+    _, store = open_session()
     known = store.lab.operators()
     if odd := [name for name in added if len(name.split()) != 1 or not name.isprintable()]:
         raise UsageError(f"{odd[0]!r} is no name of a person", "as LORACTL_USER or the login says it, like ada")
@@ -185,7 +185,7 @@ def lab_operators(added: tuple[str, ...], removed: tuple[str, ...]) -> None:
         raise UsageError(f"{unknown[0]} is no operator", f"operators: {', '.join(known) or 'none'}")
     now = sorted({*known, *added} - set(removed))
     if now != known:
-        store.lab.set("operators", " ".join(now), settings.user)
+        store.lab.set("operators", " ".join(now))
     is_open = store.lab.setting("changes") == "open"
     rule = "Everybody may change everybody's jobs" if is_open else "People change their own jobs"
     click.echo(f"{rule}. Operators: {', '.join(now) or 'none'}.")

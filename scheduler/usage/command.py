@@ -94,9 +94,9 @@ def set_quota(user: str, hours: str, soft: bool) -> None:
         raise UsageError(f"{hours[:40]!r} {error}", "like 100h/week; also /day and /month") from None
     if not user.isprintable() or not 0 < len(user) <= 255:
         raise UsageError("USER must be one line of 1 to 255 characters")
-    settings, store = open_session()
+    _, store = open_session()
     warn_of_unknown_user(store, user)
-    store.usage.set_quota(user, card_hours, window_s, settings.user, soft=soft)
+    store.usage.set_quota(user, card_hours, window_s, soft=soft)
     allowed = f"{card_hours:g} card hour{'s' * (card_hours != 1)} a {window_name(window_s)}"
     click.echo(f"{user} may use {allowed}; beyond that their jobs {'go last' if soft else 'wait'}.")
 

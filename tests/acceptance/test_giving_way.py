@@ -37,7 +37,7 @@ UNSAVED = "--set=training.save_steps=100000"  # but by a stop
 def lab(lab: Lab) -> Lab:
     """In which a job yields after a second, twice as long after each stop."""
     lab.cli = lab.cli.with_environment(LORACTL_TRAINER=TRAINER, LORACTL_DEVICES="sim:8GiB")
-    lab.store.lab.set("give-way", str(LEAST_S), "ada")
+    lab.store.lab.set("give-way", str(LEAST_S))
     return lab
 
 

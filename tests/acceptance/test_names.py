@@ -25,7 +25,7 @@ def lab(cli: Cli, home: Path) -> Cli:
     """Job 1 (tickets) has succeeded and is tagged prod; 2 to 5 wait, 3 and 4 under one name, 5 is bob's."""
     engine = connect(load_settings(cli.environment))
     store = Store(engine)
-    store.lab.set("changes", "open", "root")
+    store.lab.set("changes", "open")
     user = load_settings(cli.environment).user
     for name in ("tickets", "alone", "twice", "twice"):
         store.jobs.submit(replace(submission(name=name), user=user))

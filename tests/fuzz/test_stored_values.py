@@ -177,7 +177,7 @@ def drawn(pages: Iterable[Drawn]) -> None:
 
 def rounds(store: Store) -> None:
     """What nodes do for all."""
-    store.cards.take_turn("fresh:0", 0.0, 0.0)
+    store.cards.take_turn(0.0, 0.0)
     store.jobs.end_patience()
     store.cards.preempt()
     store.jobs.replan_outdated()

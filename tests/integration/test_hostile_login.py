@@ -67,7 +67,7 @@ def test_who_holds_the_locks_of_an_earlier_version_stops_no_round(
         pytest.fail("a login could fill the server's table of locks")
     with held_open(postgres_url, OLD_LOCKS):
         clock.forward(1.1 * LEASE_S)
-        assert box.cards.take_turn("box:0", 0, 0) is not None
+        assert box.cards.take_turn(0, 0) is not None
         assert [job_id for job_id, _ in box.attempts.reap()] == [1]
         assert box.jobs.end_patience() == [] and box.cards.preempt() == ()
 
@@ -365,7 +365,7 @@ def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
             clock.forward(LEASE_S / 10)
             for claim in claims.values():
                 assert box.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=step)).accepted
-            box.cards.take_turn("box:0", 0, 0)
+            box.cards.take_turn(0, 0)
             assert box.attempts.reap() == []
     finally:
         over.set()

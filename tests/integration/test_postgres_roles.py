@@ -123,13 +123,13 @@ def test_the_owner_alone_writes_the_lab_s_settings_and_everybody_reads_them(
 ) -> None:
     engine = make_engine(postgres_url)
     owner = Store(engine)
-    owner.lab.set("store", "one", "root")
+    owner.lab.set("store", "one")
     for login in (person, box):
         for name in ("store", "new"):
             with pytest.raises(Forbidden):
-                login.lab.set(name, "mine", "ada")
+                login.lab.set(name, "mine")
         assert (login.lab.setting("store"), login.lab.setting("new")) == ("one", None)
-    owner.lab.set("store", "two", "root")
+    owner.lab.set("store", "two")
     assert box.lab.setting("store") == "two"
     engine.dispose()
 
@@ -137,7 +137,7 @@ def test_the_owner_alone_writes_the_lab_s_settings_and_everybody_reads_them(
 def test_the_owner_alone_sets_quotas_and_a_box_counts_what_is_had(person: Store, box: Store, postgres_url: str) -> None:
     for login in (person, box):
         with pytest.raises(Forbidden):
-            login.usage.set_quota("ada", 1e9, 86400, "ada", soft=True)
+            login.usage.set_quota("ada", 1e9, 86400, soft=True)
         with pytest.raises(Forbidden):
             login.usage.remove_quota("ada")
         for what in ("card_hours = 1e6", "window_s = 1", "\"user\" = 'eve'"):
@@ -147,9 +147,9 @@ def test_the_owner_alone_sets_quotas_and_a_box_counts_what_is_had(person: Store,
     person.jobs.submit(submission(labels={"team": "nlp"}))
     claim = take(box)
     assert isinstance(claim, Claim)
-    Store(engine).usage.set_quota(claim.user, 1.0, 86400, "root", soft=False)
+    Store(engine).usage.set_quota(claim.user, 1.0, 86400, soft=False)
     box.attempts.finish(claim, Reason.OK, "", Progress(), RESULT)
-    box.cards.take_turn("box:0", 0.0, 0.0)
+    box.cards.take_turn(0.0, 0.0)
     (use,) = [one for one in person.usage.since(person.now()) if one.jobs]
     assert (use.user, use.labels) == (claim.user, {"team": "nlp"})
     assert not person.usage.allowances()[claim.user].exceeded
@@ -199,17 +199,17 @@ def test_a_person_changes_their_own_jobs_operators_and_the_owner_all_and_a_lab_m
             bob.jobs.edit(amendment(bob, waits, ["priority=5"]), ada)
         assert _all_rows(owner.engine) == before
         with pytest.raises(Forbidden, match="only the lab's owner decides what holds for the whole lab"):
-            bob.lab.set("operators", name, name)
-        owner.lab.set("operators", f"x {name}", "root")
+            bob.lab.set("operators", name)
+        owner.lab.set("operators", f"x {name}")
         asked["hold"](bob)
         bob.jobs.edit(amendment(bob, waits, ["priority=5"]), ada)
-        owner.lab.set("operators", "", "root")
+        owner.lab.set("operators", "")
         with pytest.raises(NotYours):
             asked["retry"](bob)
-        owner.lab.set("changes", "open", "root")
+        owner.lab.set("changes", "open")
         for what in ("retry", "tag", "cancel"):
             asked[what](bob)
-        owner.lab.set("changes", "own", "root")
+        owner.lab.set("changes", "own")
         owner.jobs.hold(waits, "root")
         told = [event.text for event in owner.jobs.events(waits)][-4:]
         assert told[0] == f"held by {name}" and told[2:] == [f"queued again by {name}", "held by root"]
@@ -414,7 +414,7 @@ def test_who_submits_cannot_claim_or_touch_what_is_a_worker_s(person: Store, box
         lambda: person.attempts.keep_checkpoint(claim, StoredCheckpoint(step=1, prefix="jobs/1/checkpoints/1-1")),
         lambda: person.cards.drain("box", "ada", "mine"),
         lambda: person.cards.forget("box:0"),
-        lambda: person.usage.set_quota("ada", 1e9, 86400, "ada", soft=True),
+        lambda: person.usage.set_quota("ada", 1e9, 86400, soft=True),
         lambda: apply_roles(person.engine),
         lambda: person.results.remove(running, "ada"),
     ):
@@ -660,7 +660,7 @@ def test_a_worker_can_run_jobs_to_their_end_and_clean_up(person: Store, box: Sto
     box.attempts.finish(second, Reason.OUT_OF_MEMORY, "out of memory", Progress())
     assert isinstance(take(box), Claim)
     box.cards.arrive(node_state("box:0"))
-    assert box.cards.take_turn("box:0", 5, 15) is not None
+    assert box.cards.take_turn(5, 15) is not None
     for verb in (box.attempts.reap, box.jobs.end_patience, box.cards.preempt, box.cards.fleet, box.results.spent_logs):
         verb()
     box.cards.drain("box", "loractl", "left something behind", until=box.now() + dt.timedelta(hours=1))
@@ -696,7 +696,7 @@ def test_a_box_writes_and_sends_messages_and_a_person_writes_none(person: Store,
     assert isinstance(claim, Claim)
     box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT)
     ops = (Channel(name="ops", kind="slack", lab=True),)
-    box.cards.take_turn("box:0", 0, 0)
+    box.cards.take_turn(0, 0)
     message = box.outbox.lease(ops, 90)
     assert message is not None and message.subject == "tiny: better"
     engine = make_engine(lab.person)

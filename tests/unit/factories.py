@@ -97,7 +97,7 @@ def job(**changed: Any) -> Job:
         "result_host": None, "result_until": None,
         "vram_reserved": None, "eta_spread_seconds": None, "planned": {}, "adjustment": None,
         "evaluated": None, "to_evaluate": None,
-        "max_retries": 2, "status": Status.QUEUED, "cancel_requested": False,
+        "status": Status.QUEUED, "cancel_requested": False,
         "held": False, "attempt": 0, "retries_used": 0, "submitted_at": NOON, "avoids": None, "reason": None,
         "message": None, "stage": None, "not_before": None, "token": None, "lease_expires_at": None, "node": None,
         "gpu": None, "method": None, "step": None, "total_steps": None, "loss": None, "tokens_per_second": None,

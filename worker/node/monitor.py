@@ -240,7 +240,7 @@ class Monitor:
     def _tend_fleet(self) -> None:
         """Do the fleet's round unless another node has done it: end lost attempts, make jobs give way, end patience."""
         store, pace = self._place.store, self._pace
-        turn = store.cards.take_turn(self._place.node, FLEET_ROUND_S * pace, SETTLE_S * pace)
+        turn = store.cards.take_turn(FLEET_ROUND_S * pace, SETTLE_S * pace)
         if turn is None:
             return
         for job_id, _ in () if turn.settling else store.attempts.reap():

@@ -237,7 +237,7 @@ def _end_attempt(
     elif outcome.counts:
         job.lab_failures = 0
     may = outcome.retryable and not asked
-    again = may and (not outcome.counts or job.retries_used < job.max_retries)
+    again = may and (not outcome.counts or job.retries_used < job.spec.get("max_retries", 0))
     if reason is Reason.OUT_OF_MEMORY and again:
         again, message = need_more(tx, job, card, gave or 0, message, now)
         job.message = message
@@ -298,7 +298,7 @@ def _requeue(tx: Transaction, job: Job, card: str, reason: Reason, message: str,
         job.retries_used += 1
         delay = retry_delay_s(job.retries_used)
         job.not_before = now + dt.timedelta(seconds=delay)
-        text += f"; tried again in {delay:.0f} s, retry {job.retries_used} of {job.max_retries}"
+        text += f"; tried again in {delay:.0f} s, retry {job.retries_used} of {job.spec['max_retries']}"
     elif OUTCOMES[reason].blames is not None:
         _avoid(job, card, reason, now)
         held = _why_held(tx, job, card, message)

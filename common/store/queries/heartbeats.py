@@ -138,8 +138,7 @@ def record(tx: Transaction, claim: Claim, progress: Progress, left_out: Sequence
     for kind, text in progress.events:
         tx.tell(claim.job_id, claim.attempt, kind, text)
     if progress.log:
-        lines = {"at": tx.now(), "text": progress.log}
-        tx.session.execute(insert(LogChunk).values(job_id=claim.job_id, attempt=claim.attempt, **lines))
+        tx.session.execute(insert(LogChunk).values(job_id=claim.job_id, attempt=claim.attempt, text=progress.log))
     if progress.adjustment is not None:
         change = mine(claim).values(adjustment=without_room(claim.spec, progress.adjustment).as_json())
         tx.session.execute(change.execution_options(synchronize_session="fetch"))

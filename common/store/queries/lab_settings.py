@@ -18,9 +18,9 @@ def read_setting(tx: Transaction, name: str) -> str | None:
     return None if setting is None else setting.value
 
 
-def write_setting(tx: Transaction, name: str, value: str, by: str) -> None:
+def write_setting(tx: Transaction, name: str, value: str) -> None:
     """Set it, in place of what was. Raises Forbidden for a login that is not the owner's."""
-    tx.put(LabSetting, "name", {"name": name, "value": value, "set_by": by, "at": tx.now()})
+    tx.put(LabSetting, "name", {"name": name, "value": value})
 
 
 CHANGES, OPEN, OPERATORS = "changes", "open", "operators"

@@ -166,7 +166,6 @@ def _asked(submission: Submission) -> dict[str, Any]:
         "preemptible": spec.preemptible is True,
         "yields": spec.preemptible is not False,
         "version": __version__,
-        "max_retries": spec.max_retries,
     }
 
 

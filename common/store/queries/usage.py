@@ -88,11 +88,10 @@ def _waited(tx: Transaction, job_id: int, start: dt.datetime) -> float:
 # --- quotas ---
 
 
-def set_quota(tx: Transaction, user: str, card_hours: float, window_s: int, by: str, *, soft: bool) -> None:
+def set_quota(tx: Transaction, user: str, card_hours: float, window_s: int, *, soft: bool) -> None:
     """Allow a user `card_hours` within any period of `window_s`, from now on."""
     row = {
-        "user": user, "card_hours": card_hours, "window_s": window_s, "soft": soft, "set_by": by, "at": tx.now(),
-        "used": 0.0, "below_at": None,
+        "user": user, "card_hours": card_hours, "window_s": window_s, "soft": soft, "used": 0.0, "below_at": None,
     }  # fmt: skip
     tx.add_new(Use, [{"user": user, "gib_hours": 0.0, "at": tx.now()}])  # a claim reads a quota with it
     tx.put(Quota, "user", row)

@@ -68,9 +68,9 @@ def test_usage_is_added_up_by_user_label_card_and_month(timed: Store) -> None:
 
 
 def test_a_job_beyond_a_quota_says_what_was_used_and_when_jobs_start_again(timed: Store) -> None:
-    timed.usage.set_quota("ada", 1.0, 86400, "root", soft=False)
+    timed.usage.set_quota("ada", 1.0, 86400, soft=False)
     train(timed, "ada", 3)
-    timed.cards.take_turn("box:0", 0.0, 0.0)
+    timed.cards.take_turn(0.0, 0.0)
     job_id = timed.jobs.submit(submission(lora=1, qlora=1))
     wait = waiting_jobs(timed, [timed.jobs.get(job_id)]).reasons[job_id]
     assert (wait.word, wait.sentence) == (
@@ -88,14 +88,14 @@ def test_the_expected_start_of_a_job_beyond_a_quota_is_when_a_claim_gives_it_a_c
     """What runs counts on, another's job goes first, and the second job waits for the first, whose end nobody knows."""
     clock = timed.clock
     assert isinstance(clock, Clock)
-    timed.usage.set_quota("ada", 1.0, 86400, "root", soft=False)
+    timed.usage.set_quota("ada", 1.0, 86400, soft=False)
     train(timed, "ada", 1, gib=48)
     timed.jobs.submit(submission(lora=24, method="lora", user="wei"))
     timed.cards.see(node_state("box:0", total=48 * GIB, max_jobs=1))
     busy = timed.attempts.claim("box:0")
     assert isinstance(busy, Claim)
     first, second = (timed.jobs.submit(submission(lora=24, method="lora", user="ada")) for _ in range(2))
-    timed.cards.take_turn("box:0", 0.0, 0.0)
+    timed.cards.take_turn(0.0, 0.0)
 
     def starts() -> dict[int, dt.datetime]:
         found = waiting_jobs(timed, [timed.jobs.get(job_id) for job_id in (first, second)]).starts
@@ -108,7 +108,7 @@ def test_the_expected_start_of_a_job_beyond_a_quota_is_when_a_claim_gives_it_a_c
     for moment in (begins - dt.timedelta(seconds=1), begins):
         clock.now = moment
         timed.cards.see(node_state("box:0", total=48 * GIB, max_jobs=1))
-        timed.cards.take_turn("box:0", 0.0, 0.0)
+        timed.cards.take_turn(0.0, 0.0)
         claim = timed.attempts.claim("box:0")
         assert (isinstance(claim, Claim) and claim.job_id == first) is (moment == begins)
 

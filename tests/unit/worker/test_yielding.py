@@ -21,7 +21,7 @@ UNSAVED = "--set=training.save_steps=100000"
 @pytest.fixture
 def lab(held: HeldLab) -> HeldLab:
     """In which a job yields after a second, twice as long after each stop."""
-    held.store.lab.set("give-way", str(LEAST_S), "ada")
+    held.store.lab.set("give-way", str(LEAST_S))
     return held
 
 

@@ -37,14 +37,14 @@ def is_due(tx: Transaction, every_s: float) -> bool:
     return row is None or not 0 <= (tx.now() - row.at).total_seconds() < every_s
 
 
-def take_turn(tx: Transaction, node: str, every_s: float, settle_s: float) -> FleetTurn | None:
+def take_turn(tx: Transaction, every_s: float, settle_s: float) -> FleetTurn | None:
     if not tx.is_alone() or not is_due(tx, every_s):
         return None
     now, row = tx.now(), tx.session.get(FleetRound, LEASES)
     last_at = dt.datetime.min.replace(tzinfo=dt.UTC) if row is None else row.at - dt.timedelta(seconds=_SLOW_COMMIT_S)
     away = row is None or (now - row.at).total_seconds() > GAP * tx.lease_s
     settled_at = now + dt.timedelta(seconds=settle_s) if row is None or away else row.settled_at
-    tx.put(FleetRound, "name", {"name": LEASES, "node": node, "at": now, "settled_at": settled_at})
+    tx.put(FleetRound, "name", {"name": LEASES, "at": now, "settled_at": settled_at})
     settling = 0 < (settled_at - now).total_seconds() <= settle_s
     if not settling:
         tell_of_silence(tx, now)
@@ -54,14 +54,14 @@ def take_turn(tx: Transaction, node: str, every_s: float, settle_s: float) -> Fl
     since = max(last_at, now - dt.timedelta(seconds=NEWS_S))
     tell_of_cancelled_sweeps(tx, since)
     tell_of_changes(tx, since)
-    _look_at_reach(tx, node, now)
+    _look_at_reach(tx, now)
     tidy(tx, now)
     return FleetTurn(settling=settling)
 
 
-def _look_at_reach(tx: Transaction, node: str, now: dt.datetime) -> None:
+def _look_at_reach(tx: Transaction, now: dt.datetime) -> None:
     last = tx.session.get(FleetRound, _REACH)
     if last is not None and 0 <= (now - last.at).total_seconds() < REACH_EVERY_S:
         return
-    tx.put(FleetRound, "name", {"name": _REACH, "node": node, "at": now, "settled_at": now})
+    tx.put(FleetRound, "name", {"name": _REACH, "at": now, "settled_at": now})
     tell_of_jobs_out_of_reach(tx, read_cards(tx.session, now), now)

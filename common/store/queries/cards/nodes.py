@@ -101,7 +101,7 @@ def drain(
     tx: Transaction, target: str, user: str, reason: str, *, until: dt.datetime | None = None, at_once: bool = False
 ) -> None:
     """Keep new jobs from a host or a card (host:index)."""
-    order = {"target": target, "user": user, "reason": reason, "at": tx.now(), "until": until, "now": at_once}
+    order = {"target": target, "user": user, "reason": reason, "until": until, "now": at_once}
     tx.put(DrainOrder, "target", order)
 
 

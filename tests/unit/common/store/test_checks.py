@@ -210,7 +210,9 @@ def columns_of(engine: Engine) -> dict[str, list[str]]:
 
 GONE = {
     "hosts": None, "attempts": ("host", "inside", "promised_at", "joined", "shared"),
-    "jobs": ("spec_hash", "cancel_requested", "held_too", "held"), "nodes": ("reserved",),
+    "jobs": ("spec_hash", "cancel_requested", "held_too", "held", "max_retries"), "nodes": ("reserved",),
+    "quotas": ("set_by", "at"), "lab_settings": ("set_by", "at"), "drains": ("at",), "log_chunks": ("at",),
+    "fleet_rounds": ("node",),
 }  # fmt: skip
 """What revisions since 0041 have removed or written: a table, and columns."""
 
@@ -250,7 +252,7 @@ def old_url(database_url: str, artifacts: ArtifactStore) -> str:
         own = {"job_id": 1, "at": NOON, "attempt": 1, "node": "kestrel:0", "user": "ada"}
         others: list[tuple[type[Base], dict[str, Any]]] = [
             (Wish, own), (Lock, {"name": "x"}), (DrainOrder, {"target": "heron", "reason": "", "now": False} | own),
-            (FinalLook, {"rows_sha256": "0"} | own), (LabSetting, {"name": "x", "value": "y", "set_by": "root"} | own),
+            (FinalLook, {"rows_sha256": "0"} | own), (LabSetting, {"name": "x", "value": "y"} | own),
             (LabFailure, {"reason": Reason.KILLED, "message": "x"} | own), (JobLabel, {"key": "a", "value": "b"} | own),
             (AttemptShare, {"rank": 1, "bytes": 5} | own), (KeptFile, {"key": "a", "host": "x", "sha256": "0"} | own),
         ]  # fmt: skip

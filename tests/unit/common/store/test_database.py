@@ -68,9 +68,9 @@ def test_a_job_number_is_never_given_twice(database_url: str) -> None:
     engine = make_engine(database_url)
     upgrade(engine)
     row = (
-        'INSERT INTO jobs (name, "user", labels, spec, base_model, data, priority, vram_class, max_retries, '
+        'INSERT INTO jobs (name, "user", labels, spec, base_model, data, priority, vram_class, '
         "queue_key, status, held, attempt, retries_used, submitted_at) VALUES ('a', 'b', '{}', '{}', 'd', "
-        "'{}', 0, 8, 0, '10000|00000000000000000.lq.?.?||b', 'queued', false, 0, 0, '2026-01-01 00:00:00') "
+        "'{}', 0, 8, '10000|00000000000000000.lq.?.?||b', 'queued', false, 0, 0, '2026-01-01 00:00:00') "
         "RETURNING job_id"
     )
     with engine.begin() as connection:
@@ -118,6 +118,21 @@ def test_an_upgraded_lab_stays_open_until_its_owner_closes_it_and_a_new_one_is_c
     assert store.lab.setting("changes") == "open"
     store.jobs.hold(job_id, "bob")
     assert store.jobs.get(job_id).message == "held by bob"
+    engine.dispose()
+
+
+def test_a_downgrade_gives_each_job_the_retries_of_its_spec(database_url: str) -> None:
+    from alembic import command
+
+    engine = make_engine(database_url)
+    upgrade(engine)
+    store = Store(engine)
+    job_id = store.jobs.submit(submission(max_retries=5))
+    with engine.begin() as connection, alembic_config(connection) as config:
+        command.downgrade(config, "0050")
+        assert connection.execute(text("SELECT max_retries FROM jobs")).scalar() == 5
+    assert upgrade(engine) == ("0050", HEAD)
+    assert store.jobs.get(job_id).spec["max_retries"] == 5
     engine.dispose()
 
 

@@ -56,9 +56,9 @@ store.attempts.reap()
 """
 
 
-def turn(store: Store, node: str = "box:0") -> bool | None:
-    """Whether the node's turn may end leases; None: it is not its turn."""
-    taken = store.cards.take_turn(node, FLEET_ROUND_S, SETTLE_S)
+def turn(store: Store) -> bool | None:
+    """Whether a turn may end leases; None: it is no time for one."""
+    taken = store.cards.take_turn(FLEET_ROUND_S, SETTLE_S)
     return None if taken is None else not taken.settling
 
 
@@ -86,20 +86,20 @@ def engine(upgraded_url: str) -> Iterator[Engine]:
 
 
 def test_one_node_goes_round_for_all_and_any_other_the_next_time(timed: Store, clock: Clock) -> None:
-    assert turn(timed, "a:0") is not None
+    assert turn(timed) is not None
     clock.forward(FLEET_ROUND_S - 0.1)
-    assert turn(timed, "b:0") is None
+    assert turn(timed) is None
     clock.forward(0.1)
-    assert turn(timed, "b:0") is not None
-    assert turn(timed, "a:0") is None
+    assert turn(timed) is not None
+    assert turn(timed) is None
     clock.forward(-3600)
-    assert turn(timed, "a:0") is not None, "a clock that was set back ends no rounds"
+    assert turn(timed) is not None, "a clock that was set back ends no rounds"
 
 
 def test_after_an_outage_nobody_ends_a_lease_before_living_workers_could_beat(timed: Store, clock: Clock) -> None:
     turn(timed)
     clock.forward(LEASE_S + 60)
-    assert turn(timed, "new:0") is False, "it may have started in the outage and know nothing of it"
+    assert turn(timed) is False, "it may have started in the outage and know nothing of it"
     for _ in range(int(SETTLE_S / ROUND_S)):
         clock.forward(ROUND_S)
         settled = turn(timed)
@@ -225,11 +225,11 @@ def test_a_sweeper_that_is_frozen_holds_the_round_no_longer_than_fits_its_lease(
     frozen = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert frozen.stdin is not None and frozen.stdout is not None and frozen.stdout.readline() == "loaded\n"
-        assert store.cards.take_turn("box:0", 0.0, settle_s=0.0) is not None
+        assert store.cards.take_turn(0.0, settle_s=0.0) is not None
         print(file=frozen.stdin, flush=True)
         assert frozen.stdout.readline() == "ended one\n"
         assert store.attempts.reap() == [], "it holds the round"
-        while (taken := store.cards.take_turn("box:0", 0.0, SETTLE_S)) is None:
+        while (taken := store.cards.take_turn(0.0, SETTLE_S)) is None:
             time.sleep(0.1)
         assert not taken.settling
         assert sorted(job_id for job_id, _ in store.attempts.reap()) == [1, 2]

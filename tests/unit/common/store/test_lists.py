@@ -56,7 +56,7 @@ ROUNDS: dict[str, Callable[[Store], Any]] = {
     "measured alike": lambda store: store.attempts.measured("key", "llama"),
     "claim": lambda store: store.attempts.claim("box:0"),
     "claim with room": claim_with_room,
-    "turn": lambda store: store.cards.take_turn("box:0", 0.0, 0.0),
+    "turn": lambda store: store.cards.take_turn(0.0, 0.0),
     "preempt": lambda store: store.cards.preempt(),
     "patience": lambda store: store.jobs.end_patience(),
     "leases": lambda store: store.attempts.reap(),

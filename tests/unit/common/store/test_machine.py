@@ -332,7 +332,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def the_fleet_goes_round(self) -> None:
-        assert self.store.cards.take_turn("heron:0", 0.0, 0.0) is not None
+        assert self.store.cards.take_turn(0.0, 0.0) is not None
         for job in self.known.values():
             job.go_on()
 

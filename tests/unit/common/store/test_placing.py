@@ -324,7 +324,7 @@ def test_a_lab_may_have_the_order_of_before(timed: Store, clock: Clock) -> None:
         return [job.job_id for job in timed.jobs.ready(9)]
 
     assert ready() == [urgent, short, old]
-    timed.lab.set("order", "share", "ada")
+    timed.lab.set("order", "share")
     assert timed.cards.fleet().by_share
     assert ready() == [urgent, old, short]
     assert next(iter(timed.cards.fleet().placed)) == urgent
@@ -332,7 +332,7 @@ def test_a_lab_may_have_the_order_of_before(timed: Store, clock: Clock) -> None:
     assert ready() == [old, short, urgent], "what has waited a day goes by age"
     show(timed)
     assert claim(timed).job_id == old
-    timed.lab.set("order", "work", "ada")
+    timed.lab.set("order", "work")
     assert ready() == [urgent, short]
 
 

@@ -101,7 +101,7 @@ def test_a_user_s_first_endings_in_two_transactions_are_both_charged(postgres_en
 @pytest.mark.both
 def test_what_was_measured_counts_where_less_was_reserved(timed: Store, clock: Clock) -> None:
     """A need of one byte evades neither share nor quota."""
-    timed.usage.set_quota("ada", 5, 86400, "lena", soft=False)
+    timed.usage.set_quota("ada", 5, 86400, soft=False)
     claim = start(timed, gib=1 / GIB)
     timed.attempts.beat(claim, Progress(vram_process=40 * GIB))
     clock.forward(6 * 3600)
@@ -179,7 +179,7 @@ def test_a_time_that_no_attempt_can_take_is_the_fault_of_a_clock(timed: Store, c
 
 @pytest.mark.both
 def test_beyond_a_hard_quota_jobs_wait_until_enough_is_past(timed: Store, clock: Clock) -> None:
-    timed.usage.set_quota("ada", 1.0, 86400, "root", soft=False)
+    timed.usage.set_quota("ada", 1.0, 86400, soft=False)
     claim = start(timed, gib=48)
     clock.forward(3000)
     late = start(timed, user="ada", node="owl:0", gib=12)
@@ -192,15 +192,15 @@ def test_beyond_a_hard_quota_jobs_wait_until_enough_is_past(timed: Store, clock:
     assert again(timed).job_id == others
     (allowance,) = timed.usage.allowances().values()
     assert allowance.exceeded and round(allowance.used, 4) == 1.25
-    timed.cards.take_turn("box:0", 0.0, 0.0)
+    timed.cards.take_turn(0.0, 0.0)
     below = timed.usage.allowances()["ada"].below_at
     assert below == NOON + dt.timedelta(days=1), "the hour of 12 is out of it then"
     clock.now = below - dt.timedelta(seconds=1)
-    timed.cards.take_turn("box:0", 0.0, 0.0)
+    timed.cards.take_turn(0.0, 0.0)
     timed.cards.see(node_state("owl:0", total=48 * GIB, max_jobs=8))
     assert isinstance(timed.attempts.claim("owl:0"), Left | None)
     clock.now = below
-    timed.cards.take_turn("box:0", 0.0, 0.0)
+    timed.cards.take_turn(0.0, 0.0)
     assert again(timed, "owl:0").job_id == held
 
 
@@ -214,7 +214,7 @@ def test_a_clock_that_was_ahead_uses_up_no_quota(timed: Store, clock: Clock, ahe
     end(timed, claim)
     for days in (0, 100) if ahead.days > 100 else (0,):
         clock.now = real + dt.timedelta(days=days)
-        timed.usage.set_quota("ada", 20, 86400, "root", soft=False)  # counts as the fleet's round does
+        timed.usage.set_quota("ada", 20, 86400, soft=False)  # counts as the fleet's round does
         allowance, meter = timed.usage.allowances()["ada"], timed.usage.past()["ada"]
         assert allowance.used <= 3 and not allowance.exceeded
         met = QuotaMeter({"ada": replace(allowance, used=0.0)}, {"box:0": 48 * GIB}, {"ada": meter})
@@ -223,7 +223,7 @@ def test_a_clock_that_was_ahead_uses_up_no_quota(timed: Store, clock: Clock, ahe
 
 
 def test_what_a_quota_held_for_a_day_does_not_go_before_everybody(timed: Store, clock: Clock) -> None:
-    timed.usage.set_quota("ada", 100.0, 86400, "root", soft=False)
+    timed.usage.set_quota("ada", 100.0, 86400, soft=False)
     end(timed, start(timed, gib=1))  # so that ada has used a card
     old = [timed.jobs.submit(submission(lora=12, method="lora")) for _ in range(30)]
     clock.forward(2 * 86400)
@@ -243,7 +243,7 @@ def test_a_claim_looks_at_one_job_of_a_user_who_may_start_none(timed: Store, clo
         return len(statements)
 
     end(timed, start(timed))
-    timed.usage.set_quota("ada", 0.0, 86400, "root", soft=False)
+    timed.usage.set_quota("ada", 0.0, 86400, soft=False)
     timed.jobs.submit(submission(lora=1, qlora=1))
     one = asked()
     for _ in range(20):
@@ -254,7 +254,7 @@ def test_a_claim_looks_at_one_job_of_a_user_who_may_start_none(timed: Store, clo
 @pytest.mark.both
 def test_a_replay_goes_on_from_what_the_database_has(timed: Store, clock: Clock) -> None:
     """What it counts then, and an hour later if nothing ends, is what the quota's row and the running jobs say."""
-    timed.usage.set_quota("ada", 3.0, 86400, "root", soft=True)
+    timed.usage.set_quota("ada", 3.0, 86400, soft=True)
     end(timed, start(timed, gib=48))
     clock.forward(5000)
     end(timed, start(timed, user="wei", gib=48))
@@ -280,7 +280,7 @@ def test_a_replay_goes_on_from_what_the_database_has(timed: Store, clock: Clock)
 
 
 def test_beyond_a_soft_quota_jobs_go_last(timed: Store, clock: Clock) -> None:
-    timed.usage.set_quota("ada", 0.5, 86400, "root", soft=True)
+    timed.usage.set_quota("ada", 0.5, 86400, soft=True)
     claim = start(timed, gib=48)
     clock.forward(3600)
     end(timed, claim)
@@ -292,7 +292,7 @@ def test_beyond_a_soft_quota_jobs_go_last(timed: Store, clock: Clock) -> None:
 
 
 def test_a_quota_that_is_removed_holds_nobody(timed: Store, clock: Clock) -> None:
-    timed.usage.set_quota("ada", 0.0, 86400, "root", soft=False)
+    timed.usage.set_quota("ada", 0.0, 86400, soft=False)
     timed.jobs.submit(submission(lora=1, qlora=1))
     timed.cards.see(node_state("box:0", total=48 * GIB, max_jobs=8))
     assert isinstance(timed.attempts.claim("box:0"), Left | None)

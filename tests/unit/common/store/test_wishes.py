@@ -122,7 +122,7 @@ def test_a_wish_lasts_as_long_as_the_attempt_that_it_is_for(store: Store) -> Non
     claim = take(store)
     assert isinstance(claim, Claim)
     assert store.jobs.cancel(job_id, "ada").cancel_requested
-    assert store.cards.take_turn("box:0", 0, 0) is not None
+    assert store.cards.take_turn(0, 0) is not None
     assert store.jobs.get(job_id).cancel_requested and store.attempts.beat(claim, Progress()).cancel_requested
     store.attempts.finish(claim, Reason.CANCELLED, "stopped", Progress())
     assert store.jobs.retry(job_id, "ada").cancel_requested is False

@@ -161,13 +161,13 @@ def test_a_lab_says_whether_and_when_jobs_yield(timed: Store, clock: Clock) -> N
     clock.forward(5)
     lab.beat()
     lab.short()
-    timed.lab.set("give-way", "4", "ada")
-    timed.lab.set("order", "share", "ada")
+    timed.lab.set("give-way", "4")
+    timed.lab.set("order", "share")
     assert timed.cards.preempt() == (), "the order of before knows no lengths"
-    timed.lab.set("order", "work", "ada")
-    timed.lab.set("give-way", "off", "ada")
+    timed.lab.set("order", "work")
+    timed.lab.set("give-way", "off")
     assert timed.cards.preempt() == ()
-    timed.lab.set("give-way", "4", "ada")
+    timed.lab.set("give-way", "4")
     assert timed.cards.preempt() == (lab.job_id,)
 
 
@@ -285,7 +285,7 @@ def test_a_job_does_not_take_its_card_back_where_less_is_predicted_of_it_than_it
 
 def test_a_job_whose_user_is_beyond_a_quota_keeps_its_card(lab: Lab) -> None:
     """It could not come back."""
-    lab.store.usage.set_quota("ada", card_hours=0.1, window_s=30 * 86400, soft=False, by="lena")
+    lab.store.usage.set_quota("ada", card_hours=0.1, window_s=30 * 86400, soft=False)
     lab.short()
     assert lab.store.cards.preempt() == ()
 

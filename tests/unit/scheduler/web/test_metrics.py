@@ -196,7 +196,7 @@ def test_a_round_that_nobody_takes_is_told(own_web: Web, home: Path) -> None:
     def last_at(moment: dt.datetime, ago: dt.timedelta) -> None:
         web.alter("DELETE FROM fleet_rounds")
         at = f"{moment - ago:%Y-%m-%d %H:%M:%S}"
-        web.alter(f"INSERT INTO fleet_rounds VALUES ('leases', 'heron:0', '{at}', '{at}')")
+        web.alter(f"INSERT INTO fleet_rounds VALUES ('leases', '{at}', '{at}')")
         web.alter(f"UPDATE nodes SET seen_at = '{moment:%Y-%m-%d %H:%M:%S}'")
 
     last_at(web.lab.now, dt.timedelta(seconds=5))

@@ -389,8 +389,8 @@ def test_a_legend_names_only_what_is_drawn(own_web: Web) -> None:
 def test_a_share_beyond_a_quota_is_what_was_used_and_not_what_puts_it_last(own_web: Web) -> None:
     """It said 1000000000279, ran over its panel, and left every other bar empty; a hard quota's bar was nan."""
     usage = own_web.lab.store.usage
-    usage.set_quota("mara", 0.01, 7 * 86400, "lena", soft=True)
-    usage.set_quota("wei", 0.01, 7 * 86400, "lena", soft=False)
+    usage.set_quota("mara", 0.01, 7 * 86400, soft=True)
+    usage.set_quota("wei", 0.01, 7 * 86400, soft=False)
     html = own_web.client.get("/").text
     shares = words("<main>" + html.partition('data-key="shares"')[2])
     assert re.search(r"mara [\d.]{2,4} beyond the quota: new jobs go last", shares), shares
