@@ -516,14 +516,14 @@ def _lengths(named: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _cut(ends: Mapping[str, Any] | None) -> str:
-    """How many answers were cut before they ended, as a clause; empty if those are a few."""
+    """How many answers were cut off, as a clause; empty if those are a few."""
     if ends is None or not ends["cases"]:
         return ""
     cases = int(ends["cases"])
     base, tuned = (round(cases * (1 - ends[whose] / 100)) for whose in ("base", "tuned"))
     if max(base, tuned) <= max(2, FEW_CUT * cases):
         return ""
-    return f"{base} of {cases} answers of the base and {tuned} of the tuned model were cut before they ended"
+    return f"{base} of {cases} answers of the base and {tuned} of the tuned model were cut off"
 
 
 def _clearly(lengths: Mapping[str, Any], ratio: float) -> bool:

@@ -5,9 +5,10 @@ Such a row measures memory. Rows are compared as folded words; candidates share 
 In order, rapidfuzz (https://github.com/rapidfuzz/RapidFuzz) measures how far apart they are; without it, as on a light
 client, only rows with the same folded words are found in order. Out of order, the words that two rows share are weighed
 by their rarity (Spärck Jones, 1972): how much of the shorter row the other one contains (Broder, 1997), exactly rather
-than by MinHash, since the candidates are few. Such a row must also hold the other one's answer, unless it has the whole
-held-out question, word after word: two questions about one passage, or one with its names swapped, share their words,
-too.
+than by MinHash, since the candidates are few. Such rows must also answer alike, unless one has the whole question of
+the other, word after word: two questions about one passage, or one with its names swapped, share their words, too. An
+answer is alike if it holds the other one, or has most of its words in their order. Labels and letters also agree by
+chance: behind them, no stretch of the shorter question may be missing in the longer one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import itemgetter
@@ -51,6 +52,13 @@ less may do so by chance. A word of every hundredth row weighs 4.6."""
 ALONE = 0.5
 """A row that is contained in part counts if no other row to train on shares more than this share of that weight with
 the held-out row: rows of one form all do."""
+
+STRETCH, STRETCH_SHARE, SHORT_ANSWER = 12, 0.35, 5
+"""Words in a row, and the share of their weight, less of which two rows share where they ask different things about one
+passage. Looked for behind answers of up to so many words, such as labels and letters, which may agree by chance."""
+
+REWORDED = 0.5
+"""Share of the words of the longer of two answers that both have in one order, as one answer worded otherwise does."""
 
 KEPT = 3
 """Rows to train on that are kept for each held-out row, to be weighed at the end."""
@@ -128,7 +136,8 @@ class Resemblance:
         self._counted(words)
         if words and (same := self._same.get(hash(tuple(words)))) is not None:
             self._found.setdefault(same, example.number)
-        shared = Counter(place for pair in set(itertools.pairwise(words)) for place in self._having(_hashed(pair)))
+        pairs = dict.fromkeys(itertools.pairwise(words))  # in order: a set has another one in each process
+        shared = Counter(place for pair in pairs for place in self._having(_hashed(pair)))
         for place, hits in shared.most_common(MOST_CANDIDATES):
             self._keep(place, hits, example, words)
             if (
@@ -166,13 +175,34 @@ class Resemblance:
         shorter, of_shorter, of_longer = (words, digits, row.digits) if whole <= theirs else (other, row.digits, digits)
         if weight < WEIGHT or len(shorter) < FEWEST_WORDS or not {*of_shorter} <= {*of_longer}:
             return None
-        if _holds(row.words, ordered):
+        if _holds(row.words, ordered) or _holds(ordered, row.words):
             return row.number
-        if not _holds(row.answer, _answer(self._held_out[place])):
+        answer = _answer(self._held_out[place])
+        if not self._same_answer(row.answer, answer):
             return None
         share, next_best = weight / min(whole, theirs), shared[-2][0] if len(shared) > 1 else 0.0
-        found = share >= CONTAINED or (share >= PARTLY and next_best <= ALONE * weight)
-        return row.number if found else None
+        if share < CONTAINED and not (share >= PARTLY and next_best <= ALONE * weight):
+            return None
+        in_order, others = (ordered, other) if shorter is words else (row.words, words)
+        return None if len(answer) <= SHORT_ANSWER and self._differ_in_a_stretch(in_order, others) else row.number
+
+    def _same_answer(self, one: array[int], other: array[int]) -> bool:
+        """Whether one answer has all of the other one, or most of its words in their order."""
+        if _holds(one, other) or _holds(other, one):
+            return True
+        if not self._scores or min(len(one), len(other)) <= SHORT_ANSWER:
+            return False
+        from rapidfuzz.distance import LCSseq
+
+        return LCSseq.normalized_similarity(one, other) >= REWORDED
+
+    def _differ_in_a_stretch(self, words: array[int], others: Collection[int]) -> bool:
+        """Whether a row has some words in a row that the other one hardly shares."""
+        stretches = (words[at : at + STRETCH] for at in range(len(words) - STRETCH + 1))
+        return any(
+            self._weight(word for word in some if word in others) < STRETCH_SHARE * self._weight(some)
+            for some in stretches
+        )
 
     def _weight(self, words: Iterable[int]) -> float:
         return sum(math.log(self._count / self._rows[word % _BUCKETS]) for word in words)

@@ -177,7 +177,8 @@ class LabReport:
         return f"<report of job {self._found.job_id}: {self.sentence}>"
 
     def _repr_html_(self) -> str:
-        return _table({"job": str(self._found.job_id), "verdict": self.sentence})
+        aside = self._found.content["verdict"].get("aside")
+        return _table({"job": str(self._found.job_id), "verdict": self.sentence, **({"": aside} if aside else {})})
 
 
 class LabAdapter:

@@ -259,7 +259,7 @@ def ends(base: float, tuned: float, cases: int = 200) -> dict[str, Any]:
 
 def test_answers_that_were_cut_are_counted_and_are_a_deciding_measure_s_reason() -> None:
     """GSM8K's number comes last: an answer that was cut before it is wrong, whatever it reasoned."""
-    cut = "160 of 200 answers of the base and 4 of the tuned model were cut before they ended"
+    cut = "160 of 200 answers of the base and 4 of the tuned model were cut off"
     assert said(GAIN, CLOSER, ends(20, 98)).aside == f"{cut}."
     found = said(GAIN, decided(10, 35, 8), ends(20, 98))
     assert (found.reading, found.why, found.aside) == ("better", cut, "")

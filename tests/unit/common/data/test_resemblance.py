@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -206,3 +208,68 @@ def test_plain_texts_have_no_answer_to_differ_in() -> None:
     for n in range(300):
         look.see(Example(number=n, text=" ".join(PROSE[n])))
     assert len(look.found) == 40
+
+
+def reworded(sentences: list[str]) -> str:
+    """An answer with every fourth word another one, and a few more before it."""
+    return f"Here is what I would say: {with_synonyms(sentences)}"
+
+
+@pytest.mark.parametrize("around", [POLITE, ("", "")])
+@pytest.mark.parametrize("other_order", [False, True])
+def test_a_repeated_question_whose_answer_is_worded_otherwise_is_found(
+    around: tuple[str, str], other_order: bool
+) -> None:
+    def question(n: int) -> str:
+        return " ".join([around[0], *(PROSE[n][::-1] if other_order else PROSE[n]), around[1]])
+
+    look = Resemblance([chat(1000 + n, question(n), reworded(PROSE[n + 150])) for n in range(40)])
+    for n in range(150):
+        look.see(chat(n, " ".join(PROSE[n]), " ".join(PROSE[n + 150])))
+    assert look.found == {1000 + n: n for n in range(40)}
+
+
+def test_two_questions_about_one_passage_with_the_same_letter_are_two() -> None:
+    prose = rows_of_prose(1200)
+
+    def row(number: int, seed: int) -> Example:
+        draw = random.Random(seed)
+        options = " ".join(f"({letter}) {' '.join(word(draw) for _ in range(8))}" for letter in "ab")
+        said = " ".join(sentence for place in range(4) for sentence in prose[4 * (number % 1000) + place])
+        return chat(number, f"{said} Which of them is right here? {options}", "(b)")
+
+    look = Resemblance([row(1000 + n, -n - 1) for n in range(60)])
+    for n in range(300):
+        look.see(row(n, n))
+    assert look.found == {}
+
+
+TIES = """
+import random
+import subprocess
+import sys
+from loractl.common.data.examples import Example, Turn
+from loractl.common.data.resemblance import Resemblance
+draw = random.Random(4)
+words = ["".join(draw.choices("abcdefghiklmnoprstu", k=7)) for _ in range(160)]
+def row(number, said):
+    turns = Turn(role="user", content=" ".join(said)), Turn(role="assistant", content="x")
+    return Example(number=number, turns=turns)
+blocks = [words[at : at + 8] for at in range(0, 160, 8)]
+look = Resemblance([row(1000 + n, [*b[:2], *b[:1:-1]]) for n, b in enumerate(blocks)])
+look.see(row(1, words))
+for n in range(200):
+    look.see(row(n + 2, draw.choices(words, k=3)))
+print(sorted(look.found))
+"""
+
+
+def test_each_process_finds_the_same_rows() -> None:
+    """A client and a worker hash words with seeds of their own."""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", TIES], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in "123"
+    ]
+    assert len(set(found)) == 1 and found[0] != "[]\n"

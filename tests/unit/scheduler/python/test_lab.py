@@ -57,7 +57,10 @@ def test_a_job_goes_from_a_mapping_to_its_report_and_adapter(folder: Path, capsy
     threading.Timer(0.2, finish, (job.job_id,)).start()
     assert job.wait(timeout=60).status == "succeeded"
     assert "job 1 queued\njob 1 succeeded\n" in capsys.readouterr().err
-    assert job.report.verdict == "better" and "3.00 -> 1.00" in job.report.sentence
+    report = job.report
+    assert report.verdict == "better" and "3.00 -> 1.00" in report.sentence
+    report._found.content["verdict"]["aside"] = "8 of 12 were cut off."
+    assert "8 of 12 were cut off." in report._repr_html_(), "as the other faces show it"
     assert (job.adapter.pull("new") / "adapter_config.json").exists()
     with pytest.raises(UsageError, match="not empty"):
         job.adapter.pull("new")
