@@ -86,8 +86,6 @@ def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
             if changed is not None:
                 warn(unknown_channels(changed, settings))
                 warn(unchecked_rows(changed, artifacts, lambda: hint("Counting tokens ...")))
-            if store.jobs.get(job_id).held:
-                warn([f"job {job_id} is held: from the next version on only loractl release {job_id} lets it start"])
             job = store.jobs.retry(job_id, settings.user, changed)
             click.echo(f"Job {job_id} is queued again{f': {changed.text}' if changed else ''}.")
             warn(wake_for(job, sender))

@@ -55,7 +55,7 @@ def short_one(lab: Lab, steps: int = 10) -> int:
 
 def comes(lab: Lab, *short: int) -> None:
     for job_id in short:
-        lab.store.jobs.retry(job_id, "bob")
+        lab.store.jobs.release(job_id, "bob")
 
 
 def trains(job: Job) -> bool:

@@ -160,7 +160,7 @@ class People:
             except REFUSALS:
                 continue
             waits = job.status is Status.QUEUED and job.held  # it may have been cancelled, or was released unheard
-            if not waits or self._ask("retry", due[1], lambda due=due: self.store.jobs.retry(due[1], USER)):
+            if not waits or self._ask("retry", due[1], lambda due=due: self.store.jobs.release(due[1], USER)):
                 self._releases.remove(due)
                 self.holding.discard(due[1])
 

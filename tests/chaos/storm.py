@@ -290,7 +290,7 @@ def _look_after(run: _Run) -> None:
                     if job.is_blocked:
                         run.let_go += _let_go(run.store, job)
                     elif job.held and job.job_id not in run.people.holding:
-                        run.store.jobs.retry(job.job_id, "chaos")
+                        run.store.jobs.release(job.job_id, "chaos")
                         run.released += 1
 
 

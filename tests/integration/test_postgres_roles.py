@@ -71,7 +71,7 @@ def test_who_submits_chains_jobs_and_lets_none_of_them_start_early(person: Store
     first = person.jobs.submit(submission())
     last, other = (person.jobs.submit(submission(after=[first])) for _ in range(2))
     person.jobs.hold(last, "ada", "wait")
-    person.jobs.retry(last, "ada")
+    person.jobs.release(last, "ada")
     person.jobs.cancel(last, "ada")
     person.jobs.retry(last, "ada")
     person.jobs.cancel(last, "ada")
@@ -167,14 +167,14 @@ def test_a_person_changes_their_own_jobs_operators_and_the_owner_all_and_a_lab_m
     person.jobs.hold(waits, "ada")
     claim = take(box)
     assert isinstance(claim, Claim) and claim.job_id == runs
-    person.jobs.retry(waits, "ada")
+    person.jobs.release(waits, "ada")
     name = f"bob_{secrets.token_hex(4)}"
     with role(postgres_url, name, SUBMIT) as url:
         bob = Store(make_engine(url))
         asked = {
             "cancel": lambda login: login.jobs.cancel(runs, ada),
             "hold": lambda login: login.jobs.hold(waits, ada),
-            "retry": lambda login: login.jobs.retry(waits, ada),
+            "retry": lambda login: login.jobs.release(waits, ada),
             "tag": lambda login: login.adapters.tag(Reference(job_id=ended), "prod", ada),
         }
         for tag in ("latest", "a\nb", "x" * 64, ""):
@@ -279,7 +279,8 @@ def test_who_submits_draws_no_number_and_numbers_go_on_beyond_32_bits(
     person.adapters.tag(Reference(job_id=first), "prod", "ada")
     assert [one.look_id > 2**31 for one in person.results.look(first, "f", "ada")] == [True]
     person.jobs.hold(second, "ada")
-    person.jobs.retry(second, "ada", amendment(person, second, ["labels.a=b"]))
+    person.jobs.edit(amendment(person, second, ["labels.a=b"]), "ada")
+    person.jobs.release(second, "ada")
     last = take(box)
     assert isinstance(last, Claim) and last.job_id == second
     assert person.jobs.cancel(second, "ada").cancel_requested
@@ -616,7 +617,7 @@ def test_who_did_it_is_the_login_whatever_the_client_claims(person: Store, box: 
     assert job.user == login and job.queue_key.endswith(f'|{{"nvlink": "yes"}}|{login}')
     person.jobs.hold(job_id, "bob", "mine")
     assert person.jobs.get(job_id).message == f"held by {login}: mine"
-    person.jobs.retry(job_id, "bob")
+    person.jobs.release(job_id, "bob")
     person.jobs.cancel(job_id, "bob")
     assert person.jobs.get(job_id).message == f"cancelled by {login}"
     first, *told = [event.text for event in person.jobs.events(job_id)]
@@ -626,7 +627,7 @@ def test_who_did_it_is_the_login_whatever_the_client_claims(person: Store, box: 
     assert person.jobs.events(job_id)[-1].text == f"queued again by {login}"
     person.jobs.hold(job_id, str(login), "by bob")
     assert person.jobs.get(job_id).message == f"held by {login}: by bob"
-    person.jobs.retry(job_id, str(login))
+    person.jobs.release(job_id, str(login))
     engine = make_engine(lab.person)
     with engine.begin() as connection:
         connection.exec_driver_sql(f"SELECT loractl_change({job_id}, 'held', '{{}}', '{{\"held\": true}}', '', 'm\nq')")
@@ -638,7 +639,7 @@ def test_who_did_it_is_the_login_whatever_the_client_claims(person: Store, box: 
     assert person.jobs.get(job_id).message == f"held by {login}: m q", "no name can be made longer"
     assert [event.text for event in person.jobs.events(backdated)] == [f"queued by {login}"]
     assert abs((person.jobs.get(backdated).submitted_at - person.now()).total_seconds()) < 600
-    person.jobs.retry(job_id, str(login))
+    person.jobs.release(job_id, str(login))
     assert isinstance(take(box, labels={"nvlink": "yes"}), Claim)
 
 

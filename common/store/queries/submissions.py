@@ -243,7 +243,7 @@ def _cancel_if_open(tx: Transaction, job_id: int, user: str) -> Job | None:
 
 
 def hold(tx: Transaction, job_id: int, user: str, reason: str = "") -> Job:
-    """Keep a waiting job from starting until `retry`. Raises JobNotFound, WrongState."""
+    """Keep a waiting job from starting until `release`. Raises JobNotFound, WrongState."""
     for _ in range(_TRIES):
         job = read_job(tx, job_id)
         if job.status is not Status.QUEUED:
@@ -260,21 +260,17 @@ def _back_to_the_queue(job: Job) -> str:
 
 
 def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None = None) -> Job:
-    """Queue a failed, cancelled or held job again, with all its retries, and what is to change of it.
+    """Queue a failed or cancelled job again, with all its retries, and what is to change of it.
 
     Raises JobNotFound, WrongState.
     """
-    from loractl.common.job.ancestor import may_go_without
-
     for _ in range(_TRIES):
         job = read_job(tx, job_id) if amendment is None else edit(tx, amendment, user)
-        if job.status is Status.QUEUED and job.is_blocked:
-            what = f"job {job_id} waits for job {job.awaits}, nobody holds it"
-            anyway = f"loractl edit {job_id} --set after=[] lets it start anyway"
-            raise WrongState(what, anyway if may_go_without(job.spec, job.awaits) else f"loractl why {job_id}")
+        if job.status is Status.QUEUED and job.held:
+            raise WrongState(f"job {job_id} is held, and has not ended", f"loractl release {job_id} lets it start")
         if Status.QUEUED not in _after(job):
             done = f"loractl reproduce {job_id} runs it again, loractl submit --like {job_id} queues one like it"
-            what = f"job {job_id} {job.status.in_words}: only a failed, cancelled or held job can be retried"
+            what = f"job {job_id} {job.status.in_words}: only a failed or cancelled job can be retried"
             raise WrongState(what, done if job.status is Status.SUCCEEDED else None)
         if (queued := _queue_again(tx, job, user)) is not None:
             return queued
@@ -284,8 +280,14 @@ def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None =
 
 def release(tx: Transaction, job_id: int, user: str) -> Job:
     """Let a held job start again, with all its retries. Raises JobNotFound, WrongState."""
+    from loractl.common.job.ancestor import may_go_without
+
     for _ in range(_TRIES):
         job = read_job(tx, job_id)
+        if job.status is Status.QUEUED and job.is_blocked:
+            what = f"job {job_id} waits for job {job.awaits}, nobody holds it"
+            anyway = f"loractl edit {job_id} --set after=[] lets it start anyway"
+            raise WrongState(what, anyway if may_go_without(job.spec, job.awaits) else f"loractl why {job_id}")
         if job.status is not Status.QUEUED or not job.held:
             again = f"loractl retry {job_id} queues it again" if Status.QUEUED in _after(job) else None
             raise WrongState(f"job {job_id} {job.status.in_words}: nobody holds it", again)
@@ -301,10 +303,8 @@ def _queue_again(tx: Transaction, job: Job, user: str) -> Job | None:
 
 
 def _after(job: Job) -> frozenset[Status]:
-    """The states that a person may give the job. A held one waits again."""
-    if job.status is Status.RUNNING:
-        return frozenset()
-    return frozenset(TRANSITIONS[job.status]) | ({Status.QUEUED} if job.held else set())
+    """The states that a person may give the job."""
+    return frozenset() if job.status is Status.RUNNING else frozenset(TRANSITIONS[job.status])
 
 
 def edit(tx: Transaction, amendment: Amendment, user: str) -> Job:

@@ -198,7 +198,7 @@ def test_a_job_that_loses_its_third_worker_is_held_until_a_person_releases_it(ti
     assert take(timed) is None
     assert (timed.jobs.waiting_classes(VRAM_CLASSES), timed.jobs.has_unfinished(PLENTY, {})) == (set(), False)
 
-    released = timed.jobs.retry(job_id, "bob")
+    released = timed.jobs.release(job_id, "bob")
     assert (released.held, released.message, released.status) == (False, None, Status.QUEUED)
     assert claim(timed).attempt == LAB_FAILURE_LIMIT + 1
 
@@ -212,7 +212,7 @@ def test_a_retried_job_has_all_its_retries_and_lost_workers_again(timed: Store, 
         lose(timed, clock)
     assert timed.jobs.get(job_id).held
     clock.forward(1)
-    timed.jobs.retry(job_id, "bob")
+    timed.jobs.release(job_id, "bob")
     lose(timed, clock)
     assert not timed.jobs.get(job_id).held, "one more loss after a person released it is the first of three"
 
@@ -288,7 +288,7 @@ def test_a_cancelled_job_can_be_retried_and_runs_to_its_end(store: Store) -> Non
 def test_a_job_that_waits_runs_or_has_succeeded_cannot_be_retried(store: Store) -> None:
     job_id = store.jobs.submit(submission())
     for status in (Status.QUEUED, Status.RUNNING, Status.SUCCEEDED):
-        with pytest.raises(WrongState, match=f"job {job_id} {status.in_words}: only a failed, cancelled or held"):
+        with pytest.raises(WrongState, match=f"job {job_id} {status.in_words}: only a failed or cancelled"):
             store.jobs.retry(job_id, "ada")
         if status is Status.QUEUED:
             mine = claim(store)

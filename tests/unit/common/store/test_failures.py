@@ -255,7 +255,7 @@ def test_three_failures_of_the_lab_in_a_row_hold_a_job_with_the_reasons(timed: S
     row = timed.jobs.get(job_id)
     assert (row.status, row.held, row.retries_used) == (Status.QUEUED, True, 0)
     assert row.message == "held: the lab failed it 3 times in a row; the last on a:0: because of gpu_error"
-    released = timed.jobs.retry(job_id, "ada")
+    released = timed.jobs.release(job_id, "ada")
     assert (released.held, released.avoids, released.lab_failures) == (False, None, 0)
 
 

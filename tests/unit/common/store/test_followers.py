@@ -112,7 +112,7 @@ def test_a_person_s_hold_outlives_the_wait_and_the_wait_outlives_a_release(store
     for job_id in (last, released):
         store.jobs.hold(job_id, "mara", "disk")
     assert standing(store, last) == (first, True)
-    store.jobs.retry(released, "mara")
+    store.jobs.release(released, "mara")
     assert standing(store, released) == (first, False)
     end(store, first)
     assert standing(store, last) == (None, True)
@@ -123,7 +123,7 @@ def test_nobody_releases_what_only_waits(store: Store) -> None:
     first = queue(store)
     last = queue(store, first)
     with pytest.raises(WrongState, match=f"job {last} waits for job {first}, nobody holds it"):
-        store.jobs.retry(last, "ada")
+        store.jobs.release(last, "ada")
 
 
 def test_a_cancelled_one_waits_again_when_it_is_retried(store: Store) -> None:
@@ -155,7 +155,7 @@ def test_one_that_is_retried_after_gc_has_removed_what_it_awaits_is_held_with_th
     end(timed, second)
     assert standing(timed, last) == (None, True)
     assert timed.jobs.get(last).message == f"held: job {first}, which it was to start after, is not there any more"
-    timed.jobs.retry(last, "ada")
+    timed.jobs.release(last, "ada")
     assert standing(timed, last) == FREE
 
 
@@ -275,7 +275,7 @@ def test_where_no_member_has_a_result_the_job_is_held_with_the_reason(store: Sto
     with store.engine.connect() as connection:
         posted = connection.execute(select(OutboxMessage.kind, OutboxMessage.job_id, OutboxMessage.subject)).all()
     assert posted == [("job.held", last, f"last: held, {why}")]
-    store.jobs.retry(last, "ada")
+    store.jobs.release(last, "ada")
     take(store)
     assert standing(store, last) == (None, True) and store.jobs.get(last).message == f"held: {why}"
 
@@ -318,7 +318,7 @@ def test_a_release_chooses_among_the_members_that_have_a_result_by_then(store: S
     train(store, members[0], None)
     store.jobs.retry(members[0], "ada")
     train(store, members[0], 0.5)
-    store.jobs.retry(last, "ada")
+    store.jobs.release(last, "ada")
     assert start(store, last).spec.lora.init_from == str(members[0])
     assert store.jobs.get(last).ancestor == members[0]
 

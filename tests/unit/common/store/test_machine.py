@@ -231,7 +231,7 @@ class Life(RuleBasedStateMachine):
         self.known[job_id] = job
         return job
 
-    @rule(job=jobs, wish=st.sampled_from(["cancel", "hold", "retry", "retry", "gc_forgets_the_checkpoint"]))
+    @rule(job=jobs, wish=st.sampled_from(["cancel", "hold", "release", "retry", "retry", "gc_forgets_the_checkpoint"]))
     def a_person_wishes(self, job: Known, wish: str) -> None:
         getattr(self, wish)(job)
 
@@ -255,10 +255,19 @@ class Life(RuleBasedStateMachine):
         job.held = True
 
     def retry(self, job: Known) -> None:
-        if not (job.status in (Status.FAILED, Status.CANCELLED) or (job.status is Status.QUEUED and job.held)):
-            assert refused(self.store.jobs.retry, job.job_id)
+        self._again(job, self.store.jobs.retry, job.status in (Status.FAILED, Status.CANCELLED))
+
+    def release(self, job: Known) -> None:
+        self._again(job, self.store.jobs.release, job.status is Status.QUEUED and job.held)
+
+    def again(self, job: Known) -> None:
+        (self.release if job.held else self.retry)(job)
+
+    def _again(self, job: Known, ask: Any, may: bool) -> None:
+        if not may:
+            assert refused(ask, job.job_id)
             return
-        assert self.store.jobs.retry(job.job_id, "bob").status is Status.QUEUED
+        assert ask(job.job_id, "bob").status is Status.QUEUED
         job.become(Status.QUEUED)
         job.held, job.cancel_asked, job.not_before = False, False, None
         job.retries, job.failures, job.reached, job.final = 0, 0, None, None
@@ -302,7 +311,7 @@ class Life(RuleBasedStateMachine):
         """Also given back, for the second time after a lost answer, and by a worker that was frozen meanwhile."""
         self.finish(self.of(run).holder or run if now else run, reason)
         if retried:
-            self.retry(self.of(run))
+            self.again(self.of(run))
 
     def finish(self, run: Run, reason: Reason) -> None:
         job, number, mine = self.of(run), next(self.numbers), self.of(run).holder is run
@@ -383,7 +392,7 @@ class Life(RuleBasedStateMachine):
         self.cancel(self.of(run))
         self.finish(self.of(run).holder or run, reason)
         if retried:
-            self.retry(self.of(run))
+            self.again(self.of(run))
 
     @precondition(lambda self: self.some(Status.RUNNING))
     @rule(target=jobs, urgent=st.booleans())
@@ -452,7 +461,7 @@ class Life(RuleBasedStateMachine):
             if job.holder is not None:
                 self.finish(job.holder, Reason.OK)
             if job.status is Status.QUEUED and job.held:
-                self.retry(job)
+                self.release(job)
         for job in reversed(self.known.values()):  # what nobody waits for may stay failed or cancelled
             blocked = [other for other in self.known.values() if other.awaits and other.status is Status.QUEUED]
             if any(job in other.after for other in blocked) and job.status in (Status.FAILED, Status.CANCELLED):

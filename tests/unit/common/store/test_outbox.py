@@ -323,7 +323,7 @@ def test_a_spec_that_names_channels_in_a_wrong_form_is_refused_at_the_door(store
 def test_a_job_s_owner_is_told_who_else_has_changed_it(store: Store) -> None:
     job_id = store.jobs.submit(submission(name="mine", notify=["ops"]))
     store.jobs.hold(job_id, "ada")
-    store.jobs.retry(job_id, "bob")
+    store.jobs.release(job_id, "bob")
     store.jobs.hold(job_id, "adam", "its data are wrong")
     turn(store)
     assert all_due(store, OPS) == [

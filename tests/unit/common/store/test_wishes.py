@@ -30,7 +30,7 @@ def test_a_held_job_is_not_claimed_and_says_who_holds_it_and_why(store: Store) -
     assert not store.jobs.has_unfinished(PLENTY, {})
     assert [e.text for e in store.jobs.events(job_id)] == ["queued by ada", "held by bob: the data are wrong"]
 
-    released = store.jobs.retry(job_id, "ada")
+    released = store.jobs.release(job_id, "ada")
     assert (released.held, released.message) == (False, None)
     taken = take(store)
     assert isinstance(taken, Claim) and taken.job_id == job_id

@@ -354,7 +354,7 @@ def test_a_stop_is_withdrawn_once_the_short_job_no_longer_needs_the_card(lab: La
         assert isinstance(lab.store.attempts.claim("owl:0"), Claim)
     assert lab.beat() is None, "before any round"
     if change == "held":
-        lab.store.jobs.retry(short, "bob")
+        lab.store.jobs.release(short, "bob")
         assert lab.beat() == short, "it waits again, and nobody has withdrawn the stop yet"
         lab.store.jobs.hold(short, "bob", "")
     other = lab.short(user="cyd")

@@ -195,7 +195,7 @@ def test_a_job_that_failed_before_its_first_step_takes_the_setting_that_its_fail
 
 def test_a_retry_that_is_refused_changes_nothing(store: Store) -> None:
     job_id = store.jobs.submit(submission())
-    with pytest.raises(WrongState, match="only a failed, cancelled or held job"):
+    with pytest.raises(WrongState, match="only a failed or cancelled job"):
         store.jobs.retry(job_id, "bob", amendment(store, job_id, ["priority=9"]))
     assert (store.jobs.get(job_id).priority, len(store.jobs.events(job_id))) == (0, 1)
 
