@@ -6,7 +6,7 @@ import datetime as dt
 import enum
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select
@@ -156,30 +156,30 @@ def _take(
         tx.apart(job.job_id, lambda: begin_from_best(tx, job, sweep_id))  # a person has released it without a choice
         if job.held:
             return _Obstacle.ODD
-    asked = _read(job)
-    if isinstance(asked, str):
-        set_aside(tx, job, asked, now)
+    spec = _read(job)
+    if isinstance(spec, str):
+        set_aside(tx, job, spec, now)
         tell_of_job(tx, job)
         return _Obstacle.ODD
-    if placed.method not in permitted_methods(asked.spec.method):  # others may write a row's methods, nobody its spec
+    if placed.method not in permitted_methods(spec.method):  # others may write a row's methods, nobody its spec
         set_aside(tx, job, f"the method {placed.method.value} of its row, which its job file does not permit", now)
         tell_of_job(tx, job)
         return _Obstacle.ODD
     if node.kind == "nvml" and not placed.beside and raise_least(tx, job, placed.method, placed.reserved):
         return _Obstacle.ODD
-    placed = _in_its_room(tx, placed, job, asked, queue, cards, node)
-    return _start(tx, job, asked, _begin(tx, job, placed, node, now), placed)
+    placed = _in_its_room(tx, placed, job, spec, queue, cards, node)
+    return _start(tx, job, spec, _begin(tx, job, placed, node, now), placed)
 
 
 def _in_its_room(
-    tx: Transaction, placed: Placement, job: Job, asked: _Asked, queue: Queue, cards: Sequence[Card], node: Node
+    tx: Transaction, placed: Placement, job: Job, spec: JobSpec, queue: Queue, cards: Sequence[Card], node: Node
 ) -> Placement:
     """The placement with the room that nobody else wants, see placement/roomy.py.
 
     Changes after out-of-memory stay in a job: it has shown that plans are too low for it. A simulated card gives
     its own micro-batches alone: a processor trains there, and would round differently.
     """
-    spec, changed = asked.spec, asked.adjustment
+    changed = Adjustment.read(job.adjustment)
     if not (changed.gradient_checkpointing is spec.training.gradient_checkpointing is None):
         return placed
     if changed.micro_batch is not None and not (job.stops and not _changes(tx, job.job_id)):
@@ -209,17 +209,8 @@ def _at_limit(tx: Transaction, user: str, cards: Sequence[Card]) -> bool:
     return (tx.session.scalar(running) or 0) >= limit
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """What a row asks of its attempt."""
-
-    spec: JobSpec
-    adjustment: Adjustment
-    checkpoint: StoredCheckpoint | None
-
-
-def _read(job: Job) -> _Asked | str:
-    """What the row asks; or what of its spec this version can't read, in words."""
+def _read(job: Job) -> JobSpec | str:
+    """The row's spec; or what of it this version can't read, in words."""
     from pydantic import ValidationError
 
     from loractl.common.job.ancestor import settled_on
@@ -234,11 +225,7 @@ def _read(job: Job) -> _Asked | str:
         if job.ancestor is None:
             return "lora.init_from: the sweep has no best member"
         spec = settled_on(spec, job.ancestor)
-    return _Asked(
-        spec=spec,
-        adjustment=Adjustment.read(job.adjustment),
-        checkpoint=StoredCheckpoint.read(job.checkpoint),
-    )
+    return spec
 
 
 def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, now: dt.datetime) -> Attempt:
@@ -282,13 +269,13 @@ def _planned(job: Job, placed: Placement) -> int | None:
     return job.planned.get(placed.method.value) if placed.form is None else placed.form.planned
 
 
-def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, placed: Placement) -> Claim:
+def _start(tx: Transaction, job: Job, spec: JobSpec, attempt: Attempt, placed: Placement) -> Claim:
     """Write the attempt to the history, and give it what it needs to know."""
     method = Method(attempt.method)
-    why = _why_method(asked.spec.method, method, Need(lora=job.vram_lora, qlora=job.vram_qlora))
+    why = _why_method(spec.method, method, Need(lora=job.vram_lora, qlora=job.vram_qlora))
     cards = " and ".join(share.node for share in placed.shares)
     how = f", {placed.parallel.value} over {len(placed.shares)} cards" if placed.beside else ""
-    adjustment, spec, room = asked.adjustment, asked.spec, ""
+    adjustment, room = Adjustment.read(job.adjustment), ""
     if placed.form is not None:
         adjustment = in_its_room(spec, adjustment, placed.form)
         room = (
@@ -310,7 +297,7 @@ def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, placed: P
         method_why=why.strip(" ()"),
         adjustment=adjustment,
         changes=_changes(tx, job.job_id) if attempt.attempt > 1 else (),
-        checkpoint=asked.checkpoint,
+        checkpoint=StoredCheckpoint.read(job.checkpoint),
         result_host=job.result_host,
         sweep_id=job.sweep_id,
         rungs=read_rungs(tx.session, job),
