@@ -13,6 +13,7 @@ from sqlalchemy import text as sql
 
 from loractl.common.job.status import Status
 from loractl.common.job.sweep import NewSweep
+from loractl.common.placement.cards import TimeLeft
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Choice, Claim, Page
 from loractl.common.store.store import Store
@@ -46,6 +47,9 @@ def claim_with_room(store: Store) -> None:
 
 ROUNDS: dict[str, Callable[[Store], Any]] = {
     "unfinished": lambda store: store.jobs.has_unfinished(GIB, {}),
+    "unfinished for a box that stops": lambda store: store.jobs.has_unfinished(
+        0, {}, TimeLeft(host="other", seconds=9.0, window_s=9.0)
+    ),
     "classes": lambda store: store.jobs.waiting_classes((8, 12)),
     "fleet": lambda store: store.cards.fleet(),
     "ready": lambda store: store.jobs.ready(9),
@@ -114,6 +118,12 @@ def test_no_round_and_no_overview_looks_at_each_row(lab: Store, what: str) -> No
         if not any(name in step for name in ("COVERING", *OF_FEW))
     }
     assert plans and walks <= WHOLE_INDEXES and not all_of_a_status, plans
+
+
+def test_each_index_of_jobs_serves_one_of_these(lab: Store) -> None:
+    found = {step for verb in (*ASKED.values(), *ROUNDS.values()) for step, _ in steps_of(lab, verb)}
+    names = {str(index.name) for index in Job.__table__.indexes}  # type: ignore[attr-defined]
+    assert [name for name in sorted(names) if not any(f"INDEX {name} " in f"{step} " for step in found)] == []
 
 
 OF_FEW = ("ix_jobs_paused", "ix_jobs_gangs", "ix_jobs_patience")
