@@ -10,7 +10,7 @@ from .checker import PROMISES
 from .deck import DECK, SQLITE_FAULTS
 from .faults import BACK_AT_LAST_S, WAIT_S
 from .history import TRANSACTION_S
-from .storm import GANGS, POISONED_SHARE, SEE_S, Outcome
+from .storm import GANGS, POISONED_SHARE, Outcome
 from .successes import ANY_FAULT, NO_FAULT, OPERATIONS, tally
 
 
@@ -37,40 +37,30 @@ def page(outcome: Outcome) -> str:
     plan = outcome.plan
     return f"""# Chaos
 
-`make chaos` runs {plan.jobs} jobs while a script kills, freezes, disconnects and fills what loractl depends on. Then it
-reads the whole history, and exits non-zero if one promise is broken. `make test-long` does the same for about a minute.
-`make chaos` writes this page; its numbers are those of one run.
+After this page you know what loractl kept while a script killed, froze, disconnected and filled what it depends on.
+`make chaos` runs {plan.jobs} jobs, reads the whole history, exits non-zero if one promise is broken, and writes this
+page of one run. `make test-long` does the same for about a minute.
 
     make chaos CHAOS_JOBS={plan.jobs} CHAOS_SEED={plan.seed}
 
 - Real parts: `loractl submit`, {plan.boxes} `loractl worker` with {plan.cards} simulated cards each, Valkey,
-  PostgreSQL, and the artifact store ({outcome.disk}; one run in three uses S3, as does `CHAOS_STORE=s3`). Workers
-  reach them through a proxy that cuts connections, slows them down, or forwards nothing in one direction. Boxes and
-  people have the logins that `loractl db roles` makes.
-- A hostile login tries every statement that takes locks, and keeps each lock that it gets for up to two leases
-  (`tests/hostile.py`). It also takes every connection that PostgreSQL gives. The owner's psql holds a running job's
-  row for longer than a lease. PostgreSQL's disk is a tmpfs that is full for a while, and a box's clock jumps by up to
-  an hour if Debian's libfaketime is installed.{_not_had(outcome)}
-- A stand-in for the trainer (`tests/chaos/trainer.py`, by `LORACTL_TRAINER`) has the real pipes, protocol, checkpoints
-  and files. Its weights are a chain of hashes, so that a step too many, a step too few, or one from a torn file shows.
-- One job in {1 / POISONED_SHARE:.0f} has a loss that is not a number, and some are cancelled. One job in {GANGS} is on
-  two cards: its ranks take turns to add a link to its chain, over loopback, and no step is done without all of them.
-- While faults are active, people edit, hold, release, retry and tag jobs, raise the priority of waiting ones (one job
-  in three is preemptible, and one never yields), queue sweeps with rungs and long jobs, which yield to others, cancel
-  some sweeps, and run `loractl gc`.
-- Before the first fault long jobs hold every card. Short ones come with the faults, and long ones give way to them. A
-  run in which none does fails.
-- The processes of each attempt are recorded every {SEE_S:.0f} s, to find any that outlives its attempt.
+  PostgreSQL, and the artifact store ({outcome.disk}; one run in three uses S3), behind a proxy that cuts, slows and
+  silences connections, with the logins that `loractl db roles` makes.
+- A stand-in for the trainer (`tests/chaos/trainer.py`) has the real pipes, protocol, checkpoints and files. Its weights
+  are a chain of hashes, so that a step too many, a step too few, or one from a torn file shows.
+- A hostile login takes every lock and connection that PostgreSQL allows; the owner's psql holds a running job's row for
+  longer than a lease. A box's clock jumps if Debian's libfaketime is installed.{_not_had(outcome)}
+- One job in {1 / POISONED_SHARE:.0f} has a loss that is not a number. One job in {GANGS} is on two cards.
+- While faults are active, people edit, hold, release, retry and tag jobs, raise priorities, queue and cancel sweeps,
+  and run `loractl gc`. Long jobs hold every card at first and yield to short ones; a run in which none does fails.
 - A lease is {plan.lease_s:.0f} s instead of 60 (`LORACTL_LEASE`), and what depends on it is shorter in proportion.
-- The seed decides the faults, one every {plan.gap_s:.1f} s. Which process a fault hits depends on what runs at that
-  moment. A fault that finds no target within {WAIT_S:.0f} s is dropped and not counted.
-- PostgreSQL's triggers write the history, in the transaction of each change. So each write is recorded together with
-  the token that the job's row held at that moment (`tests/chaos/history.py`, `checker.py`). `test_checker.py` shows for
-  each promise that a breach is found.
-- `make chaos CHAOS_DATABASE=sqlite` does the same to one box on SQLite, and only prints its tables. It leaves out
-  logins, connections and outages, which SQLite does not have, and clocks, which its leases follow. Instead, another
-  program holds the write lock for up to a lease and a half. SQLite does not number transactions: a stale write within
-  {TRANSACTION_S:.0f} s of its attempt's end would not be found there.
+- The seed decides the faults, one every {plan.gap_s:.1f} s; which process is hit depends on the moment. A fault that
+  finds no target within {WAIT_S:.0f} s is not counted.
+- PostgreSQL's triggers write the history in the transaction of each change (`tests/chaos/history.py`).
+  `test_checker.py` shows for each promise that a breach is found.
+- `make chaos CHAOS_DATABASE=sqlite` does the same to one box on SQLite and only prints its tables. Another program
+  holds the write lock there for up to a lease and a half. A stale write within {TRANSACTION_S:.0f} s of its attempt's
+  end would not be found.
 
 ## What was kept
 
@@ -96,9 +86,8 @@ one kind of operation never succeeded during a fault, the run proves nothing and
 
 {chr(10).join(_recovery(outcome))}
 
-"Noticed" is the time from the kill or freeze to the end of the attempt as `worker_lost`, including outages of the
-database in between; a restarted node gives back what it had at once, without waiting for the lease. "Goes on" is the
-time from there to the start of the next attempt, including the wait for a free card. With the product's lease of 60 s,
+"Noticed": from the kill or freeze to the attempt's end as `worker_lost`, outages of the database included. "Goes on":
+from there to the next attempt's start, the wait for a free card included. With the product's lease of 60 s,
 the first takes up to ten times as long.
 """
 

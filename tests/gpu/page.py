@@ -8,12 +8,10 @@ from .experiments import EXPERIMENTS
 from .rig import Figure
 
 WHAT_IT_IS = """\
-`make gpu` checks on a real card what the CPU's tests can't: whether its kernels, its memory and its driver do what
-loractl relies on. It also measures the engine there. It takes at most 8 minutes on one card of 40 GiB or more, plus the
-time to write 35 GB of models with random weights. After three minutes, the first six experiments have shown whether it
-works, how fast, and with how much memory. If time runs short, the last experiments are left out. `make gpu GPU=long`
-takes up to 40 minutes and 45 GB: speeds at 8B, LoRA at 8B, and the plans of all families. It writes this page, and
-exits non-zero if a line is not as it should be. `tests/gpu/test_rehearsal.py` runs its parts on a processor.
+`make gpu` takes at most 8 minutes on one card of 40 GiB or more, plus the time to write 35 GB of models with random
+weights. After three minutes, the first six experiments have shown whether it works, how fast, and with how much memory.
+If time runs short, the last experiments are left out. `make gpu GPU=long` takes up to 40 minutes and 45 GB: speeds at
+8B, LoRA at 8B, and the plans of all families. It writes this page, and exits non-zero if a line is not as it should be.
 
 For a box without network: on a machine with network and with the same Python and kind of processor, `make wheels`
 downloads all packages into `wheels/`. Copy that folder into the clone on the box, and `make gpu` installs from nothing
@@ -45,24 +43,19 @@ The same lines on a processor, over gloo, are in [engine.md](engine.md#several-c
 SUSPECTED = """\
 ## Suspected: never seen
 
-These follow from the libraries' sources. Look at them if a figure is not as it should be:
+From the libraries' sources. Look here if a figure is not as it should be:
 
-- Each micro-batch copies its tokens from memory that is not pinned, and the processor waits for the card meanwhile.
-  This may limit a step of few tokens.
+- Micro-batches copy their tokens from memory that is not pinned: this may limit a step of few tokens.
 - bitsandbytes waits for the card after each tensor of its 8-bit optimizers, whether they page or not.
-- One kernel computes rows of any length (`torch.nn.attention.varlen`) if it gives the same as plain products for a few
-  rows; otherwise the job's history says why rows are computed one by one. Its backward pass adds up in no fixed order,
-  so two runs may differ in bits. It also holds sums in fp32, and each head's own keys and values for all rows of a
-  layer, which the plan leaves to its margin: some 0.1 GiB at 8B with 4 rows of 1,024 tokens.
-- A context grows as kernels are loaded, each at its first use, while a trainer's limit counts its size at the start. A
-  card keeps free the growth that its self-test saw, but a training may load more kernels than the self-test. If a
-  process exceeds its reservation in the figures, this may be why.
+- The one kernel for rows of any length (`torch.nn.attention.varlen`) adds up in no fixed order backwards, so two runs
+  may differ in bits, and holds some 0.1 GiB more at 8B with 4 rows of 1,024 tokens, which the plan leaves to its
+  margin.
+- A context grows as kernels are loaded. A training may load more of them than the self-test, and so exceed its
+  reservation.
 - If flash attention does not run (cards before Ampere, `dtype: float32`, heads of more than 192 numbers on a 3090 or
-  4090), torch 2.13 has no fused kernel for heads that share keys and values. It has only plain products, whose scores
-  grow with the square of a row. So keys and values are repeated for each head, and torch should take its efficient
-  kernel.
-- The experts of a mixture in 16 bits are joined on the card, a layer at a time, next to the experts as the files have
-  them: loading may take a layer more than the weights.
+  4090), torch 2.13 has only plain products for heads that share keys and values. So these are repeated for each head,
+  and torch should take its efficient kernel.
+- The experts of a mixture in 16 bits are joined on the card: loading may take a layer more than the weights.
 """
 
 NEVER = "# Real cards: never run"
@@ -75,7 +68,11 @@ def page(
     `making`: the part of the seconds in which models were made and written."""
     if card is None:
         asked = "\n".join(f"- {name}. {EXPERIMENTS[name].asks}" for name in figures)
-        why = "This page has no figures: no machine with a card was available."
+        why = (
+            "After this page you can check on a real card what a processor can't show: whether its kernels, its\n"
+            "memory and its driver do what loractl relies on. There are no figures yet: no machine with a card was\n"
+            "available."
+        )
         return f"{NEVER}\n\n{why}\n\n{WHAT_IT_IS}\nThe experiments:\n\n{asked}\n\n{SUSPECTED}\n{SEVERAL}"
     wrong = sum(not figure.ok for part in figures.values() for figure in part)
     lines = [
