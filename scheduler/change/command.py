@@ -68,7 +68,7 @@ def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
 def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Queue failed or cancelled jobs again.
 
-    They continue from their checkpoints, if they have any.
+    They continue from their checkpoints, if they have any. A held job has not ended: loractl release lets it start.
     """
     from loractl.common.queue.hints import open_sender
     from loractl.scheduler.cli.output import hint, warn

@@ -39,6 +39,9 @@ def job_text(answer: JobInFull, screen: Screen, *, full: bool = False) -> str:
         lines += [*_attempts_table(answer, screen), ""]
     for event in reversed(answer.events if full else answer.events[-LAST_EVENTS:]):
         lines += _told(f"{clock(event.at, answer.now):>9}" if full else clock(event.at, answer.now), event.text, screen)
+    older = len(answer.events) - LAST_EVENTS
+    if older > 0 and not full:
+        lines.append(screen.dim(f"{older} older: loractl status {job.job_id} --full"))
     lines += _spec(answer, screen) if full else []
     return "\n".join([*lines, "", screen.dim(_next_command(job))])
 

@@ -19,13 +19,11 @@ def test_a_job_is_held_with_a_reason_that_others_read_and_released(cli: Cli, tmp
     cli("submit", tmp_path / "job.yaml")
     held = cli("hold", 1, "--reason", "the data\nare wrong")
     assert held.stdout == "Job 1 is held; loractl release 1 lets it start.\n"
-    for shown in (
-        cli("status").stdout,
-        cli("status", 1).stdout,
-        cli("status", 1, "--full").stdout,
-        cli("why", 1).stdout,
-    ):
+    for command in (["status"], ["status", 1], ["status", 1, "--full"], ["why", 1]):
+        shown = cli(*command).stdout
         assert re.search(r"held\W+by tester: the data are wrong", shown) and "held, held" not in shown
+    refused = cli("retry", 1, code=1).stderr
+    assert refused == "Error: job 1 is held, and has not ended\nHint: loractl release 1 lets it start\n"
     assert cli("release", 1).stdout == "Job 1 is released.\n"
     assert "held" not in cli("status").stdout
     refused = cli("release", 1, code=1).stderr

@@ -277,6 +277,15 @@ def test_a_running_job_in_full_shows_its_place_course_and_next_command() -> None
     assert "attempt 1, stopping" in stopping and " left" not in stopping, "it does not go on to its end"
 
 
+def test_what_is_left_out_of_a_long_history_is_counted_with_the_option_that_shows_it() -> None:
+    events = [event(f"line {minute}", minute) for minute in range(15)]
+    shown = full(running(), events=events)
+    assert "line 3" in shown and "line 2\n" not in shown and "3 older: loractl status 7 --full" in shown
+    whole = history(running(), [], events, {})
+    assert "line 0" in whole and "older" not in whole
+    assert "older" not in full(running(), events=events[:12])
+
+
 def test_the_peak_of_a_processor_is_called_one_of_ram() -> None:
     lines = full(running(), PLAIN, attempts=[attempt(device_kind="cpu")], events=[]).splitlines()
     assert "memory    6.0 GiB of RAM at most, planned 8.0 GiB   method qlora   speed 812 tok/s" in lines
