@@ -21,7 +21,7 @@ HOLDING = (
     "INSERT INTO events (job_id, at, kind, text) VALUES ({0}, now(), 'queued', 'queued by x')",
     "INSERT INTO sweeps (name, \"user\", settings, created_at) VALUES ('x', 'x', '{{}}', now())",
     "INSERT INTO job_labels VALUES ({0}, 'a', 'b')", "UPDATE jobs SET status = 'failed'", "DELETE FROM events",
-    "SELECT loractl_change({0}, 'edited', '{{}}', '{{\"max_retries\": 1}}', 'ada', '')",
+    "SELECT loractl_change({0}, 'edited', '{{}}', '{{\"yields\": false}}', 'ada', '')",
     "SELECT loractl_change({0}, 'held', '{{}}', '{{\"held\": true}}', 'ada', '')",
     "SELECT loractl_change({0}, 'retry', '{{}}', '{{\"status\": \"queued\"}}', 'ada', '')",
     "SELECT loractl_change({0}, 'cancelled', '{{}}', '{{\"status\": \"cancelled\"}}', 'ada', '')",

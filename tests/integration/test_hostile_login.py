@@ -55,7 +55,7 @@ def box(lab: Logins, clock: Clock) -> Iterator[Store]:
 
 
 def edits(job_id: int) -> str:
-    return f"SELECT loractl_change({job_id}, 'edited', '{{}}', '{{\"max_retries\": 1}}', 'ada', ': max_retries')"
+    return f"SELECT loractl_change({job_id}, 'edited', '{{}}', '{{\"yields\": false}}', 'ada', ': yields')"
 
 
 def test_who_holds_the_locks_of_an_earlier_version_stops_no_round(
