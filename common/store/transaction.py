@@ -8,7 +8,18 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, CursorResult, DateTime, Engine, Update, bindparam, delete, func, select
+from sqlalchemy import (
+    ColumnElement,
+    CursorResult,
+    DateTime,
+    Engine,
+    Update,
+    bindparam,
+    delete,
+    func,
+    select,
+    type_coerce,
+)
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -86,6 +97,10 @@ class Transaction:
             now: dt.datetime = self.session.execute(_CLOCK).scalar_one()
             return now.astimezone(dt.UTC)
         return self._clock() if self._clock else dt.datetime.now(dt.UTC)
+
+    def clock(self) -> ColumnElement[dt.datetime]:
+        """`now`, as a column of a statement that has it read without a query of its own."""
+        return type_coerce(self.now_in(0), UtcDateTime()).label("clock")
 
     def now_in(self, seconds: float) -> ColumnElement[dt.datetime]:
         """The time `seconds` from now, as a value of a statement."""

@@ -67,10 +67,10 @@ def claim(
     Left: the rule gives every job that fits here to other cards; without nodes, look again at once. None: nothing
     fits.
     """
-    row = lock(tx, node, gangs=gangs)
-    if row is None:
+    locked = lock(tx, node, gangs=gangs)
+    if locked is None:
         return None
-    now = tx.now()  # under the lock: a start is later than the end that made room for it
+    row, now = locked  # under the lock: a start is later than the end that made room for it
     fleet = read_fleet(tx.session, now, tx.lease_s if gangs else None)
     mine = next(card for card in fleet.cards if card.node == node)
     mine = replace(mine, silent=False, gangs=gangs and mine.gangs)
@@ -86,7 +86,7 @@ def claim(
         if not isinstance(given, Placement):
             taken = given
             break
-        found = _take(tx, given, queue, cards, row)
+        found = _take(tx, given, queue, cards, row, now)
         if not isinstance(found, _Obstacle):
             taken = found
             break
@@ -138,12 +138,12 @@ class _Obstacle(enum.Enum):
 
 
 def _take(
-    tx: Transaction, placed: Placement, queue: Queue, cards: Sequence[Card], node: Node
+    tx: Transaction, placed: Placement, queue: Queue, cards: Sequence[Card], node: Node, now: dt.datetime
 ) -> Claim | Left | _Obstacle:
-    now = tx.now()
-    job = lock_alike(tx.session, placed.job, now)
-    if job is None:
+    locked = lock_alike(tx, placed.job, now)
+    if locked is None:
         return _Obstacle.LOCKED
+    job, now = locked
     placed = replace(placed, job=replace(placed.job, job_id=job.job_id))
     if not is_ready(job, now):
         return Left(nodes=frozenset())  # another node's claim was faster, or a person held it

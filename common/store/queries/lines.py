@@ -16,7 +16,7 @@ from loractl.common.placement.rule import RESERVE_AFTER_S, turns_in
 from ..columns import UtcDateTime
 from ..fleet import waiting_of
 from ..tables import READY, Job, ready_at
-from ..transaction import SKIP_LOCKED
+from ..transaction import SKIP_LOCKED, Transaction
 from .lab_settings import is_by_share
 
 MOST_LINES, MOST_BEYOND = 64, 1000
@@ -188,11 +188,11 @@ _ROW = select(Job).where(Job.job_id == bindparam("job_id")).with_for_update(**SK
 _ROW = _ROW.execution_options(populate_existing=True)
 
 
-def lock_alike(session: Session, job: Waiting, now: dt.datetime) -> Job | None:
-    """The job's row, locked; if somebody keeps it locked, the next of its line that nobody does."""
-    row = session.scalar(_ROW, {"job_id": job.job_id})
-    if row is not None:
-        return row
-    line = select(Job).where(ready_at(now), Job.user == job.user, Job.queue_key == job.key)
-    behind = line.where(text(_BEHIND)).order_by(text(IN_LINE)).limit(1).with_for_update(**SKIP_LOCKED)
-    return session.scalar(behind, {"left_s": job.left_s, "job_id": job.job_id})
+def lock_alike(tx: Transaction, job: Waiting, now: dt.datetime) -> tuple[Job, dt.datetime] | None:
+    """The job's row, locked, and the time; if somebody keeps it locked, the next of its line that nobody does."""
+    row = tx.session.execute(_ROW.add_columns(tx.clock()), {"job_id": job.job_id}).one_or_none()
+    if row is None:
+        line = select(Job, tx.clock()).where(ready_at(now), Job.user == job.user, Job.queue_key == job.key)
+        behind = line.where(text(_BEHIND)).order_by(text(IN_LINE)).limit(1).with_for_update(**SKIP_LOCKED)
+        row = tx.session.execute(behind, {"left_s": job.left_s, "job_id": job.job_id}).one_or_none()
+    return None if row is None else (row[0], row[1])

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import Select, bindparam, case, select
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
 from loractl.common.job.status import Status
 from loractl.common.placement.gangs import GangShare
@@ -79,14 +79,18 @@ def is_late(node: Node, now: dt.datetime, lease_s: float) -> bool:
     return node.seen_at < now - dt.timedelta(seconds=lease_s * LATE_SHARE)
 
 
-_CARD = select(Node).where(Node.node == bindparam("node")).with_for_update()
-_BOX = select(Node).where(Node.host == bindparam("host")).order_by(Node.node).with_for_update()
+_CARD = aliased(Node, select(Node).where(Node.node == bindparam("node")).with_for_update().subquery())
+_OF_BOX = select(Node).where(Node.host == bindparam("host")).order_by(Node.node)
+_BOX = aliased(Node, _OF_BOX.with_for_update().subquery())
 
 
-def lock(tx: Transaction, node: str, *, gangs: bool) -> Node | None:
-    """Lock the node's row; where several cards may be given out the rows of its whole box, always in one order."""
-    rows = tx.session.scalars(_BOX if gangs else _CARD, {"node": node, "host": node.rpartition(":")[0]}).all()
-    return next((row for row in rows if row.node == node), None)
+def lock(tx: Transaction, node: str, *, gangs: bool) -> tuple[Node, dt.datetime] | None:
+    """Lock the node's row; where several cards may be given out the rows of its whole box, always in one order.
+    Returns it with the time under the lock: PostgreSQL locks the rows of a subquery before it computes what is around.
+    """
+    asked = select(_BOX if gangs else _CARD, tx.clock())
+    rows = tx.session.execute(asked, {"node": node, "host": node.rpartition(":")[0]}).all()
+    return next(((row, max(at for _, at in rows)) for row, _ in rows if row.node == node), None)
 
 
 def write(tx: Transaction, placed: Placement, attempt: int) -> None:

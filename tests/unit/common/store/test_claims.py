@@ -12,6 +12,7 @@ from loractl.common.errors import JobNotFound
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.settings import LEASE_S
+from loractl.common.store.queries.cards.shares import lock
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
@@ -248,6 +249,29 @@ def test_a_node_is_seen_updated_and_forgotten(timed: Store, clock: Clock) -> Non
     timed.cards.forget("box:0")
     timed.cards.forget("never-seen:0")
     assert [n.node for n in timed.cards.nodes()] == ["box:1"]
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("gangs", [False, True])
+def test_the_time_of_a_claim_is_not_before_its_lock(postgres_engine: Engine, gangs: bool) -> None:
+    """Else what it starts could begin before the end that made room for it."""
+    store, read = Store(postgres_engine), list[dt.datetime]()
+    store.cards.see(node_state("box:0"))
+
+    def read_under_lock() -> None:
+        with store.begin(read_only=False) as tx:
+            locked = lock(tx, "box:0", gangs=gangs)
+            assert locked is not None
+            read.append(locked[1])
+
+    with postgres_engine.begin() as holder:
+        holder.execute(text("SELECT FROM nodes FOR UPDATE"))
+        waits = threading.Thread(target=read_under_lock)
+        waits.start()
+        until_blocked(holder, 1)
+        ended = store.now()
+    waits.join()
+    assert read[0] > ended
 
 
 @pytest.mark.both

@@ -290,4 +290,5 @@ def test_who_looks_at_a_line_still_finds_its_next_job_once_another_card_has_take
         with Session(store.engine) as other:
             if session.get_bind().dialect.name == "postgresql":  # as a beat has it
                 other.execute(select(Job).where(Job.job_id == first).with_for_update())
-                assert (locked := lock_alike(session, seen, now)) is not None and locked.job_id == second
+                with store.begin(read_only=False) as tx:
+                    assert (locked := lock_alike(tx, seen, now)) is not None and locked[0].job_id == second
