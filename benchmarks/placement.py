@@ -112,6 +112,7 @@ ABLATION = (
     Contender(title="wait of 3 days", changed={"HALF_LIFE_S": 3 * 86400.0}),
     Contender(title="no card kept", changed={"RESERVE_AFTER_S": math.inf}),
     Contender(title="gives way", yields=True),
+    Contender(title=".. shares at once", yields=True, changed={"CONTENTION": 0.0}),
     Contender(title=".. twice as long", yields=True, changed={"RATIO": 2.0}),
     Contender(title=".. 8 times as long", yields=True, changed={"RATIO": 8.0}),
     Contender(title=".. undisturbed 0", yields=True, changed={"COST_SHARE": math.inf, "UNDISTURBED_S": 0.001}),

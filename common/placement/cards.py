@@ -29,6 +29,10 @@ def default_max_jobs(total: int) -> int:
     return SHARED_JOBS if total >= SHARED_FROM_BYTES else 1
 
 
+CONTENTION = 0.5
+"""Each of k jobs on a card is taken to run at 1 / (1 + CONTENTION * (k - 1)) of its speed. Assumed, not measured: 0 if
+they did not slow each other, 1 if they took turns."""
+
 UNMEASURED_S = 3600.0
 """A job whose time to a checkpoint was not measured begins where an hour is left, or half of the card's whole window.
 So a short allocation takes new jobs too, and one that is nearly over takes none in vain."""

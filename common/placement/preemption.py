@@ -81,13 +81,13 @@ def first_stop(
         return None
     turn = turns_in(by_share, charges, now)
     waiting = [job for job in sorted(helped, key=turn) if _could(job, cards)]
-    starting: set[int] | None = None
+    served: set[int] | None = None
     ways = _ways(waiting, cards, charges, yielding, turn, now, may_ask)
     for stop in itertools.islice(ways, AT_ONCE):
-        if starting is None:  # read late: most rounds find no way, and need not ask the rule
-            decided = place(queue, cards, charges, now, by_share)
-            starting = {decision.placed.job.job_id for decision in decided if decision.placed is not None}
-        if stop.job.job_id in starting:
+        if served is None:  # read late: most rounds find no way, and need not ask the rule
+            decided = [one.placed or one.declined for one in place(queue, cards, charges, now, by_share)]
+            served = {one.job.job_id for one in decided if one is not None}
+        if stop.job.job_id in served:
             continue
         then = place(queue, [card.without(stop.going) for card in cards], charges, now, by_share)
         placed = [one.placed for one in then if one.placed is not None]

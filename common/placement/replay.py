@@ -317,11 +317,16 @@ class Remaining:
         return []
 
     def after(self, job: Waiting) -> Waiting | None:
-        if job.job_id not in self._next:
-            self._next[job.job_id] = self._read(job)
-        return self._next[job.job_id]
+        """The next one that has not started: a job may start while one before it waits for an empty card."""
+        behind: Waiting | None = job
+        while behind is not None and (behind is job or behind.job_id in self._gone):
+            if behind.job_id not in self._next:
+                self._next[behind.job_id] = self._read(behind)
+            behind = self._next[behind.job_id]
+        return behind
 
     def add(self, job: Waiting) -> None:
+        self._gone.discard(job.job_id)
         self._firsts[job.job_id] = job
 
     def remove(self, job: Waiting) -> None:
@@ -329,10 +334,7 @@ class Remaining:
             return
         self._gone.add(job.job_id)
         self._firsts.pop(job.job_id, None)
-        behind = self.after(job)
-        while behind is not None and behind.job_id in self._gone:
-            behind = self.after(behind)
-        if behind is not None:
+        if (behind := self.after(job)) is not None:
             self._firsts[behind.job_id] = behind
 
 

@@ -5,8 +5,9 @@ Pure functions of values. The claim, `loractl why` and the simulator all ask `pl
 The job with the least work that counts is tried first (`turns`): the seconds that it has left, and a part for what its
 user has used lately, halved for each day that it has waited. A job that can't start is passed over. But a card is kept
 for the first one that has waited past RESERVE_AFTER_S: from then on no job that would delay it starts there. A job
-keeps off a card that failed it while another one could hold it. Where a card's worker will stop, a job begins only if
-it can store a checkpoint before that, and nothing is kept or gathered beyond it.
+keeps off a card that failed it while another one could hold it. A job that would share a card waits for one that will
+be empty before it has waited for as long as sharing would cost it. Where a card's worker will stop, a job begins only
+if it can store a checkpoint before that, and nothing is kept or gathered beyond it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from loractl.common.job.method import Method, Parallel, RoomyForm, SharedNeed
 from loractl.common.units import GIB
 
 from .cards import (
+    CONTENTION,
     Card,
     Kept,
     Occupant,
@@ -28,6 +30,7 @@ from .cards import (
     Room,
     has_room,
     largest_gpu,
+    lasts,
     least_limit,
     room_for,
     takes,
@@ -85,6 +88,7 @@ class Decision:
 
     placed: Placement | None = None
     reserved: Reservation | None = None
+    declined: Placement | None = None  # next to other jobs: it is sooner done on the kept card, which will be empty
 
 
 @dataclass(kw_only=True)
@@ -95,9 +99,11 @@ class _Fleet:
     now: dt.datetime
     charges: dict[str, float]
     running: dict[str, int]  # jobs by user
+    shares: bool  # jobs share a card whatever that costs them, as before
     kept: Reservation | None = None
+    promised: set[str] = field(default_factory=set)  # cards that are kept until they are empty
     tried: set[int] = field(default_factory=set)
-    started: set[int] = field(default_factory=set)
+    settled: set[int] = field(default_factory=set)  # started, or has a card that will be empty
     largest: int = field(init=False)  # bytes for jobs on the largest open card that is no processor, others gone
     user_limit: int | None = field(init=False)
     awaited: set[int] = field(init=False)
@@ -116,7 +122,7 @@ class _Fleet:
         self.rooms = {node: room for node, card in self.cards.items() if (room := self._room(card)) > 0}
 
     def _room(self, card: Card) -> int:
-        room = card.room
+        room = 0 if card.node in self.promised else card.room
         kept = self.kept.on(card.node) if room and self.kept is not None else None
         if kept is None:
             return room
@@ -148,7 +154,7 @@ class _Fleet:
             if self.kept is not None:
                 self.kept = self.kept.without(share.node, share.bytes)
         self._look()
-        self.started.add(job.job_id)
+        self.settled.add(job.job_id)
         hours = sum(share.bytes for share in placed.shares) / GIB * START_CHARGE_S / 3600
         self.charges[job.user] = self.charges.get(job.user, 0.0) + hours
         self.running[job.user] = self.running.get(job.user, 0) + 1
@@ -156,6 +162,12 @@ class _Fleet:
     def keep(self, kept: Reservation) -> None:
         """From now on others leave it what it needs."""
         self.kept = kept
+        self._look()
+
+    def promise(self, node: str, job: Waiting) -> None:
+        """From now on nothing starts there until it is empty."""
+        self.promised.add(node)
+        self.settled.add(job.job_id)
         self._look()
 
     def at_limit(self, user: str) -> bool:
@@ -180,6 +192,7 @@ def place(
         now=now,
         charges=dict(charges),
         running=jobs_by_user(cards),
+        shares=by_share,
     )
     if fleet.is_full:
         return
@@ -192,9 +205,9 @@ def place(
 def _try_in_turn(
     queue: Queue, firsts: Iterable[Waiting], turn: Callable[[Waiting], tuple[float, ...]], fleet: _Fleet
 ) -> Iterator[Decision]:
-    """Try the first job of each line, and the next of a line once the one before has started: room only shrinks here,
-    so where a job can't start, the rest of its line can't either."""
-    for job in in_turn(queue, firsts, turn, lambda job: job.job_id in fleet.started):
+    """Try the first job of each line, and the next of a line once the one before has started or has a card kept until
+    it is empty: room only shrinks here, so where a job can't start, the rest of its line can't either."""
+    for job in in_turn(queue, firsts, turn, lambda job: job.job_id in fleet.settled):
         if fleet.is_full:
             return
         if job.job_id not in fleet.tried and not fleet.at_limit(job.user):
@@ -282,8 +295,13 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
     fleet.tried.add(job.job_id)
     found = _best(job, fleet) if gang is None else _best_gang(job, gang, fleet)
     if found is not None:
-        fleet.start(found, now)
-        yield Decision(placed=found)
+        empty = _sooner_alone(found, fleet) if gang is None and not given_way else None
+        if empty is None:
+            fleet.start(found, now)
+            yield Decision(placed=found)
+        else:
+            fleet.promise(empty, job)
+            yield Decision(reserved=Reservation(job=job, node=empty, spare=0, spare_slots=0), declined=found)
     elif fleet.kept is None and (given_way or waited(job, now) >= RESERVE_AFTER_S):
         kept = _keep(job, fleet, now) if gang is None else _keep_gang(job, gang, fleet, now)
         if kept is not None:
@@ -291,17 +309,46 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
             yield Decision(reserved=kept)
 
 
+def _sooner_alone(found: Placement, fleet: _Fleet) -> str | None:
+    """The card that will be empty first, if by then the job has waited for less than sharing a card costs it.
+
+    Both sides stay the same while time passes: a round that stops jobs for this one, and the claim after it, agree. And
+    no job waits longer by this than for CONTENTION * (jobs beside it) * its own seconds.
+    """
+    job, others = found.job, len(fleet.cards[found.node].running)
+    patience_s = CONTENTION * others * job.left_s - waited_again(job, fleet.now)
+    if fleet.shares or patience_s <= 0:
+        return None
+    options = []
+    for card in fleet.cards.values():
+        empty_s = _until_empty_s(card, fleet.now)
+        if empty_s >= patience_s or found.reserved > card.capacity or not fleet.takes(card, job):
+            continue
+        kept = card.node in fleet.promised or (fleet.kept is not None and fleet.kept.on(card.node) is not None)
+        if not kept and lasts(card, job, empty_s):
+            options.append((empty_s, card.capacity, card.node))
+    return min(options)[-1] if options else None
+
+
+def _until_empty_s(card: Card, now: dt.datetime) -> float:
+    """Seconds until all jobs have left the card; what has outlived its expected end may go on."""
+    ends = [one.ends for one in card.running if one.ends is not None and one.ends > now]
+    known = ends and len(ends) == len(card.running) and card.takes_jobs
+    return (max(ends) - now).total_seconds() if known else math.inf
+
+
 def _best(job: Waiting, fleet: _Fleet) -> Placement | None:
     """The preferred method that some card holds now, and the card that it fills best.
 
-    An idle card goes before a shared one, where jobs share the compute too. Then large cards are left to large jobs.
+    The fewer jobs share its compute, the better. Then large cards are left to large jobs.
     """
     for method in job.methods:
         size = job.need.of(method)
         roomy = ((fleet.cards[node], room) for node, room in fleet.rooms.items())
         holding = [card for card, room in roomy if has_room(card, job, size, room) and fleet.takes(card, job)]
         if holding:
-            card = min(holding, key=lambda card: (len(card.running) > 0, card.free, card.node))
+            most = 1 if fleet.shares else math.inf
+            card = min(holding, key=lambda card: (min(len(card.running), most), card.free, card.node))
             reserved = card.free if size is None else size
             return Placement(job=job, node=card.node, method=method, reserved=reserved, room=fleet.rooms[card.node])
     return None
@@ -368,7 +415,7 @@ def _ends_soon(job: Occupant, now: dt.datetime, patience_s: float) -> bool:
 def _rooms(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[tuple[int, int, Card, Room]]:
     """Where and when the job could start: the method's place in its list, bytes, card and room."""
     for card in fleet.cards.values():
-        if not card.open or not fleet.takes(card, job):
+        if not card.open or card.node in fleet.promised or not fleet.takes(card, job):
             continue
         for index, method in enumerate(job.methods):
             size = job.need.of(method)

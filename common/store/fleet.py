@@ -92,9 +92,15 @@ class FleetView:
         return {}
 
     @functools.cached_property
-    def kept(self) -> Reservation | None:
-        """For which job cards are kept."""
-        return next((one.reserved for one in self.decisions if one.reserved is not None), None)
+    def kept(self) -> dict[str, Reservation]:
+        """For which job a card is kept, by card."""
+        reserved = [one.reserved for one in self.decisions if one.reserved is not None]
+        return {kept.node: one for one in reserved for kept in one.cards}
+
+    @functools.cached_property
+    def declined(self) -> dict[int, Placement]:
+        """What jobs could have next to others, for which a card is kept that will be empty, by job."""
+        return {one.declined.job.job_id: one.declined for one in self.decisions if one.declined is not None}
 
     def cards_of(self, job_id: int) -> list[str]:
         """The cards on which a job runs, by name: more than one where several share it."""

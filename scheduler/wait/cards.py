@@ -188,8 +188,8 @@ class Asking:
         """Of a card that has room, now or once others have ended."""
         if not room.after:
             return self._taken(card)
-        kept = self.view.kept
-        mine = kept is not None and kept.job.job_id == self.me.job_id and kept.on(card.node) is not None
+        kept = self.view.kept.get(card.node)
+        mine = kept is not None and kept.job.job_id == self.me.job_id
         only_slot = size is not None and size <= card.free
         chance = Chance.KEPT if mine else Chance.FULL
         if stopping := [one.job_id for one in card.running if one.gives_way_to == self.me.job_id]:
@@ -208,6 +208,11 @@ class Asking:
         here = view.starting.get(card.node, [])
         if any(other.job_id == me.job_id for other in here):
             return Offer(chance=Chance.GIVEN, word="next", text="is about to take it")
+        declined = view.declined.get(me.job_id)
+        if declined is not None and (card.running or card.node == declined.node):
+            (empty,) = [node for node, kept in view.kept.items() if kept.job.job_id == me.job_id]
+            text = f"has room next to others, but the job is sooner done alone on {empty}, which is kept for it"
+            return Offer(chance=Chance.FREE, word="alone", text=text)
         if here:
             first = here[-1]
             why, word = "", "order"
@@ -221,10 +226,9 @@ class Asking:
                 case Term.WAIT:
                     why = f": it has waited for {duration(waited(first, view.now))}"
             return Offer(chance=Chance.TAKEN, word=word, text=f"goes to job {first.job_id} first{why}")
-        if view.kept is not None and view.kept.on(card.node) is not None and view.kept.job.job_id != me.job_id:
-            return Offer(
-                chance=Chance.TAKEN, word="kept", text=f"is kept for job {view.kept.job.job_id}, which goes first"
-            )
+        kept = view.kept.get(card.node)
+        if kept is not None and kept.job.job_id != me.job_id:
+            return Offer(chance=Chance.TAKEN, word="kept", text=f"is kept for job {kept.job.job_id}, which goes first")
         return Offer(
             chance=Chance.FREE, word="order", text="has room for it" if self.gang is None else "has room for its share"
         )

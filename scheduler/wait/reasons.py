@@ -210,7 +210,7 @@ def _of_cards(asking: Asking) -> Wait:
         helps, command = f"On {view.cards[node].host}", "loractl worker"
     if asking.gang is not None and said.chance < Chance.DRAINED:
         word, sentence, ends = _several(asking, asking.gang)
-    elif said.chance is Chance.FREE:
+    elif said.chance is Chance.FREE and said.word == "order":
         own = next((placed for placed in view.placed.values() if placed.job.user == me.user), None)
         word, sentence = "order", f"{node} has room for it, but the rule does not reach it"
         if own is not None:

@@ -32,7 +32,7 @@ def sooner(job: Job, view: FleetView) -> tuple[str, str] | None:
 
 def _left(view: FleetView) -> list[Card]:
     """The cards with what the rule does now: no room is left on one that is kept."""
-    cards = {node: card for node, card in view.cards.items() if view.kept is None or view.kept.on(node) is None}
+    cards = {node: card for node, card in view.cards.items() if node not in view.kept}
     for placed in view.placed.values():
         for share in placed.shares:
             if share.node in cards:

@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from loractl.common.placement.cards import (
+    CONTENTION,
     Card,
     Occupant,
     could_start,
@@ -88,9 +89,26 @@ def test_no_card_idles_while_a_job_that_it_should_take_waits(scene: Scene) -> No
 
 @many
 @given(scenes())
+def test_a_job_that_could_share_a_card_waits_no_longer_than_sharing_would_cost_it(scene: Scene) -> None:
+    decisions, cards = scene.decide(), {card.node: card for card in scene.cards}
+    declined = [(d.declined, d.reserved) for d in decisions if d.declined is not None]
+    assert len({kept.node for _, kept in declined if kept is not None}) == len(declined), "a card for each"
+    for shared, kept in declined:
+        assert kept is not None and kept.job is shared.job and kept.job.job_id not in started(decisions)
+        ends = [one.ends for one in cards[kept.node].running]
+        assert ends and shared.reserved <= cards[kept.node].capacity
+        assert kept.node not in started(decisions).values()
+        others = len(after(scene.cards, decisions)[shared.node].running)
+        assert all(end is not None and end > NOW for end in ends)
+        waits_s = max((end - shared.job.since).total_seconds() for end in ends if end is not None)
+        assert waits_s < CONTENTION * others * shared.job.left_s
+
+
+@many
+@given(scenes())
 def test_what_starts_on_a_kept_card_does_not_delay_the_job_for_which_it_is_kept(scene: Scene) -> None:
     decisions = scene.decide()
-    numbers = [n for n, d in enumerate(decisions) if d.reserved is not None]
+    numbers = [n for n, d in enumerate(decisions) if d.reserved is not None and d.declined is None]
     assert len(numbers) <= 1
     for number in numbers:
         kept = decisions[number].reserved
@@ -111,7 +129,7 @@ def test_what_starts_on_a_kept_card_does_not_delay_the_job_for_which_it_is_kept(
 def test_a_kept_card_is_the_one_with_the_earliest_room(scene: Scene) -> None:
     decisions = scene.decide()
     for number, d in enumerate(decisions):
-        if d.reserved is None:
+        if d.reserved is None or d.declined is not None:
             continue
         left, job = after(scene.cards, decisions[:number]), d.reserved.job
         far = NOW + dt.timedelta(days=999)

@@ -44,7 +44,9 @@ def test_could_start_is_what_the_rule_would_do_with_that_job_and_card_alone(scen
         for card in scene.cards:
             full = [c.with_job(Occupant(job_id=9, user="z", reserved=c.total)) for c in scene.cards if c is not card]
             alone = [replace(c, user_limit=None) for c in (card, *full)]
-            assert (card.open and could_start(job, card, scene.cards)) == bool(started(decide([job], alone)))
+            got = decide([job], alone)
+            given = started(got) or any(d.declined is not None for d in got)  # it may wait until that card is empty
+            assert (card.open and could_start(job, card, scene.cards)) == bool(given)
 
 
 def test_cards_are_shared_from_forty_gib_on() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hypothesis import given
 
@@ -28,6 +28,7 @@ class Reference:
     charges: dict[str, float]
     placed: list[tuple[int, str, Method, int]]
     kept: tuple[int, str, int, int] | None = None
+    promised: dict[str, int] = field(default_factory=dict)  # the job for which a card is kept until it is empty
 
     def run(self, jobs: Sequence[Waiting]) -> None:
         tried: set[int] = set()
@@ -83,16 +84,34 @@ class Reference:
                     alone = False
                 else:
                     room, alone = free, not card.running
+                if card.node in self.promised:
+                    continue
                 if slots > 0 and room > 0 and (alone or None not in self.needs(job)) and (need or 0) <= room:
-                    options.append((bool(card.running), free, card.node))
+                    options.append((len(card.running), free, card.node))
             if options:
-                _, free, node = min(options)
+                others, free, node = min(options)
+                costs_s = 0.5 * others * job.left_s  # next to others, against a card of its own
+                if empty := self.empties(job, free if need is None else need, costs_s):
+                    self.promised[min(empty)[-1]] = job.job_id
+                    return
                 self.start(job, node, method, free if need is None else need)
                 return
         rooms = self.rooms(job)
         if self.kept is None and self.age(job) >= RESERVE_AFTER_S and rooms:
             *_, node, spare, slots = min(rooms)
             self.kept = (job.job_id, node, spare, slots)
+
+    def empties(self, job: Waiting, size: int, costs_s: float) -> list[tuple[float, int, str]]:
+        """The cards that will be empty before the job has waited for so long."""
+        found = []
+        for card in self.allowed(job):
+            ends = [(j.ends - NOW).total_seconds() if j.ends else 0.0 for j in card.running]
+            if not ends or min(ends) <= 0 or card.capacity < size or not card.max_jobs or card.node in self.promised:
+                continue
+            free = self.kept is None or self.kept[1] != card.node
+            if free and self.age(job) + max(ends) < costs_s and self.has_time(job, card, max(ends)):
+                found.append((max(ends), card.capacity, card.node))
+        return found
 
     def start(self, job: Waiting, node: str, method: Method, size: int) -> None:
         self.cards[node] = self.cards[node].with_job(Occupant(job_id=job.job_id, user=job.user, reserved=size))
@@ -104,7 +123,7 @@ class Reference:
 
     def rooms(self, job: Waiting) -> list[tuple[float, int, int, int, str, int, int]]:
         found = []
-        for card in self.allowed(job):
+        for card in (c for c in self.allowed(job) if c.node not in self.promised):
             for index, need in enumerate(self.needs(job)):
                 size = max(1, card.capacity) if need is None or None in self.needs(job) else need
                 if (room := first_room(card, size)) is not None:
@@ -138,7 +157,9 @@ def test_the_rule_equals_the_plain_reference(scene: Scene) -> None:
     plain.run(scene.jobs)
     got = [(d.placed.job.job_id, d.placed.node, d.placed.method, d.placed.reserved) for d in decisions if d.placed]
     assert got == plain.placed
-    kept = [(d.reserved.job.job_id, d.reserved.node) for d in decisions if d.reserved is not None]
-    if kept:  # with no room left anywhere nothing need be kept
+    promised = {d.reserved.node: d.reserved.job.job_id for d in decisions if d.reserved is not None and d.declined}
+    assert promised.items() <= plain.promised.items()  # with no room left anywhere nothing need be kept
+    kept = [(d.reserved.job.job_id, d.reserved.node) for d in decisions if d.reserved is not None and not d.declined]
+    if kept:
         assert plain.kept is not None
         assert kept == [plain.kept[:2]]

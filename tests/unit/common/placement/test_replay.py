@@ -19,7 +19,7 @@ from loractl.common.placement.cards import Card, Occupant, Yields
 from loractl.common.placement.gangs import GangShare
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.preemption import COST_SHARE, undisturbed_s
-from loractl.common.placement.replay import PlacementRule, Replay, ReplayedFleet, ReplayedJob, Rule, replay
+from loractl.common.placement.replay import PlacementRule, Remaining, Replay, ReplayedFleet, ReplayedJob, Rule, replay
 from loractl.common.placement.rule import RESERVE_AFTER_S, USE_S, Placement
 from loractl.common.placement.shares import charge, decayed
 from loractl.common.units import GIB
@@ -67,7 +67,7 @@ def ends(done: Replay) -> dict[int, float | None]:
 
 
 def test_a_job_starts_when_it_arrives_or_when_there_is_room() -> None:
-    jobs = [a_job(1, 10, 50, 100), a_job(2, 20, 50, 100), a_job(3, 30, 20, 5)]
+    jobs = [yielding(a_job(1, 10, 50, 100)), yielding(a_job(2, 20, 50, 100)), yielding(a_job(3, 30, 20, 5))]
     done = replay(jobs, [a_card()], START)
     assert starts(done) == {1: 10, 3: 30, 2: 110}
     assert ends(done) == {1: 110, 3: 35, 2: 210}
@@ -81,8 +81,21 @@ def test_a_job_starts_when_it_arrives_or_when_there_is_room() -> None:
     ]
 
 
+def test_a_job_starts_once_though_one_before_it_in_its_line_waits_for_an_empty_card() -> None:
+    """While job 9 ends, job 1 has its card kept, and job 2 shares the other one."""
+    first, second = (replace(a_job(number, 0, 20, None).waiting, left_s=7200.0) for number in (1, 2))
+    runs = [Occupant(job_id=8, user="bob", reserved=GIB), Occupant(job_id=9, user="bob", reserved=GIB, ends=at(60))]
+    cards = [a_card(node="a:0", running=runs[:1]), a_card(gib=24, node="a:1", max_jobs=1, running=runs[1:])]
+    line = {1: second}
+    rule = PlacementRule(waiting=Remaining([first], lambda job: line.get(job.job_id)))
+    done = replay([], cards, START, rule, until=lambda runs: len(runs) > 2)
+    assert starts(done) == {2: 0, 1: 60}
+    assert {number: run.node for number, run in done.runs.items()} == {2: "a:0", 1: "a:1"}
+    assert done.reserved[-1][1] == 41 * GIB, "both, and job 8"
+
+
 def test_jobs_on_one_card_slow_each_other_by_the_contention() -> None:
-    jobs = [a_job(1, 0, 20, 100), a_job(2, 50, 20, 100)]
+    jobs = [yielding(a_job(1, 0, 20, 100)), yielding(a_job(2, 50, 20, 100))]
     assert ends(replay(jobs, [a_card()], START)) == {1: 100, 2: 150}
     # alone until 50, then at half speed both: 1 ends at 150, 2 has 50 left and is alone again
     assert ends(replay(jobs, [a_card()], START, contention=1.0)) == {1: 150, 2: 200}

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need
-from loractl.common.placement.lines import Waiting
+from loractl.common.placement.lines import Lines, Waiting
 from loractl.common.placement.preemption import give_way
-from loractl.common.placement.rule import PRIORITY_DAYS, RESERVE_AFTER_S, USE_S, Term, deciding, turns
+from loractl.common.placement.rule import PRIORITY_DAYS, RESERVE_AFTER_S, USE_S, Term, deciding, place, turns
 from loractl.common.placement.shares import LAST
 from loractl.common.units import GIB
 
@@ -61,7 +61,7 @@ def test_small_jobs_go_to_small_idle_cards_and_to_a_shared_one_last() -> None:
 
 
 def test_a_card_is_kept_for_the_first_that_waited_half_an_hour_where_it_can_start_first() -> None:
-    soon = a_card("a:0", 80, max_jobs=4, running=(running(8, 60, 600),))
+    soon = a_card("a:0", 80, max_jobs=4, running=(running(8, 60, 2000),))
     late = a_card("a:1", 80, max_jobs=4, running=(running(9, 60, 6000),))
     large, small = a_job(1, 70, age_s=RESERVE_AFTER_S), a_job(2, 15, user="bob")
     kept, placed = decide([large, small], [soon, late])
@@ -77,6 +77,45 @@ def test_what_the_kept_job_leaves_over_may_be_used() -> None:
     card = a_card("a:0", 80, max_jobs=4, running=(running(8, 60, 600),))
     jobs = [a_job(1, 70, age_s=RESERVE_AFTER_S), a_job(2, 11, user="bob"), a_job(3, 10, user="cyd"), a_job(4, 1)]
     assert started(decide(jobs, [card])) == {3: "a:0"}
+
+
+def test_a_job_waits_for_an_empty_card_before_sharing_one_has_cost_it_that_long() -> None:
+    """Next to k others it is taken to run at 1 / (1 + k / 2) of its speed: two hours next to two take two more."""
+    shared = a_card("a:0", 80, max_jobs=4, running=(running(8, 10, 9000), running(9, 10)))
+    small = a_card("a:1", 24, running=(running(7, 10, 7100),))
+    job = a_job(1, 20, left_s=7200.0)
+    (kept,) = decide([job], [shared, small])
+    assert kept.reserved is not None and kept.declined is not None
+    assert (kept.reserved.node, kept.declined.node) == ("a:1", "a:0")
+    sooner = replace(job, left_s=7100.0)
+    assert started(decide([sooner], [shared, small])) == {1: "a:0"}
+    waited = replace(job, since=NOW - dt.timedelta(seconds=101))
+    assert started(decide([waited], [shared, small])) == {1: "a:0"}, "both sides are the same at any time"
+    large = replace(job, need=Need(lora=30 * GIB, qlora=None))
+    assert started(decide([large], [shared, small])) == {1: "a:0"}
+    late = replace(small, running=(running(7, 10, -5),))
+    assert started(decide([job], [shared, late])) == {1: "a:0"}, "nobody knows when it ends"
+    asked = replace(small, running=(replace(running(7, 10, 9), gives_way_to=1),))
+    assert started(decide([job], [shared, asked])) == {1: "a:0"}, "what was asked for is taken"
+    assert started(decide([job, replace(job, job_id=2)], [shared, small])) == {2: "a:0"}, "it is kept for one of them"
+    assert started(tuple(place(Lines([job]), [shared, small], {}, NOW, by_share=True))) == {1: "a:0"}
+
+
+def test_a_job_goes_where_fewest_others_run() -> None:
+    two = a_card("a:0", 48, max_jobs=4, running=(running(8, 10), running(9, 10)))
+    one = a_card("a:1", 80, max_jobs=4, running=(running(7, 10),))
+    assert started(decide([a_job(1, 20)], [two, one])) == {1: "a:1"}
+    assert started(tuple(place(Lines([a_job(1, 20)]), [two, one], {}, NOW, by_share=True))) == {1: "a:0"}, "as before"
+
+
+def test_nothing_starts_on_a_card_that_is_kept_until_it_is_empty() -> None:
+    """Not even beside the job that runs there."""
+    shared = a_card("a:0", 80, max_jobs=2, running=(running(8, 10),))
+    soon = a_card("a:1", 80, max_jobs=2, running=(running(7, 10, 60),))
+    first, second = a_job(1, 70, left_s=3600.0), a_job(2, 20, left_s=7200.0)
+    kept, other = decide([first, second], [shared, soon])
+    assert kept.declined is not None and kept.reserved is not None and kept.reserved.node == "a:1"
+    assert started((other,)) == {2: "a:0"}
 
 
 def first_of(*jobs: Waiting, charges: dict[str, float] | None = None) -> int:
