@@ -89,7 +89,7 @@ def fleet(
 
 
 def drained(target: str = "box", **changed: Any) -> DrainOrder:
-    values = {"target": target, "user": "lena", "reason": "replacing a fan", "at": NOON, "until": None, "now": False}
+    values = {"target": target, "user": "lena", "reason": "replacing a fan", "until": None, "now": False}
     return DrainOrder(**{**values, **changed})
 
 
