@@ -78,7 +78,7 @@ def test_cancel_drain_time_limit_and_sigterm_act_while_s3_passes_nothing_on(
     done = lab.until(limited, lambda job: job.status is Status.FAILED, STOP_S)
     assert done.reason is Reason.TIMED_OUT
 
-    lab.cli("retry", drained)
+    lab.cli("release", drained)
     waits_for(lab, drained, f"looking for jobs/{drained}/attempt-2/", attempt=2)
     _ends(worker)
     assert lab.reasons(drained) == [Reason.DRAINED] * 2

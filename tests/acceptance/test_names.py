@@ -116,6 +116,6 @@ def test_a_closed_lab_s_people_change_their_own_jobs_and_operators_all(lab: Cli,
     assert lab("lab", "operators", "--add", "bob").stdout == "People change their own jobs. Operators: bob.\n"
     bob("hold", "2")
     assert lab("lab", "operators", "--remove", "bob").stdout == "People change their own jobs. Operators: none.\n"
-    assert "may retry it" in bob("retry", "2", code=1).stderr
+    assert "may release it" in bob("release", "2", code=1).stderr
     lab("lab", "open")
-    bob("retry", "2")
+    bob("release", "2")

@@ -68,7 +68,7 @@ def change_row(
         for name, value in over.items() if kind != "cancel" else [("cancel_requested", True)]:
             setattr(job, name, value)
         return job
-    refuse_stranger(tx, job.job_id, _ASKS[kind], user)
+    refuse_stranger(tx, job.job_id, "release" if kind == "retry" and job.held else _ASKS[kind], user)
     # SQLite has one writer at a time, so that the columns of JSON can't have changed since they were read
     as_read = [getattr(Job, name) == value for name, value in expected.items() if name in ("status", "attempt", "held")]
     if kind == "cancel":

@@ -89,7 +89,7 @@ def test_only_what_helps_is_advised(store: Store) -> None:
     any_end = queue(store, "report", first, after_any=True)
     begun = queue(store, "pairs", first, lora={"init_from": str(first)})
     with pytest.raises(WrongState) as refused:
-        store.jobs.retry(begun, "ada")
+        store.jobs.release(begun, "ada")
     assert refused.value.hint == f"loractl why {begun}"
     assert helps(store, begun) == ("", "")
     store.jobs.cancel(first, "ada")
