@@ -80,11 +80,11 @@ def claim(
     if not mine.room:
         return None
     taken: Claim | Left | None
-    queue, met_odd = Without(StoredQueue(tx.session, now)), False
+    queue, met_odd, left = Without(StoredQueue(tx.session, now)), False, set[str]()
     for tried in range(_TRIES):
-        given = _given(queue, mine, cards, fleet, now)
-        if not isinstance(given, Placement):
-            taken = given
+        given = _given(queue, mine, cards, fleet, now, left)
+        if given is None:
+            taken = Left(nodes=frozenset(left)) if left else None
             break
         found = _take(tx, given, queue, cards, row, now)
         if not isinstance(found, _Obstacle):
@@ -109,10 +109,10 @@ def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
 
 
 def _given(
-    queue: Queue, mine: Card, cards: Sequence[Card], fleet: FleetState, now: dt.datetime
-) -> Placement | Left | None:
-    """What the rule gives this card. Left: it gives every job that fits here to other cards."""
-    left = set[str]()
+    queue: Queue, mine: Card, cards: Sequence[Card], fleet: FleetState, now: dt.datetime, left: set[str]
+) -> Placement | None:
+    """What the rule gives this card. `left` gets the cards to which it gives jobs that would fit here, too: they may
+    not take them, and so count also where what this card was given is locked."""
     for decision in decide(queue, cards, fleet, now):
         placed = decision.placed
         if placed is None:
@@ -122,7 +122,7 @@ def _given(
             return replace(placed, node=first.node, reserved=first.bytes, beside=tuple(others))
         if could_start(placed.job, mine, cards) or _could_share(placed, mine):
             left.add(placed.node)
-    return Left(nodes=frozenset(left)) if left else None
+    return None
 
 
 def _could_share(placed: Placement, mine: Card) -> bool:

@@ -13,7 +13,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.settings import LEASE_S
 from loractl.common.store.queries.cards.shares import lock
-from loractl.common.store.records import Claim, Progress
+from loractl.common.store.records import Claim, Left, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 
@@ -272,6 +272,25 @@ def test_the_time_of_a_claim_is_not_before_its_lock(postgres_engine: Engine, gan
         ended = store.now()
     waits.join()
     assert read[0] > ended
+
+
+@pytest.mark.both
+def test_a_card_whose_job_is_locked_still_looks_again_for_what_others_may_not_take(postgres_engine: Engine) -> None:
+    """The rule gives the first job to the other card, which may take the locked one instead."""
+    store = Store(postgres_engine)
+    store.cards.see(node_state("box:0"))
+    store.cards.see(node_state("box:1"))
+    first, second = (store.jobs.submit(submission()) for _ in range(2))
+    with postgres_engine.begin() as other:
+        other.execute(text("SELECT FROM jobs WHERE job_id = :second FOR UPDATE"), {"second": second})
+        assert store.attempts.claim("box:1") == Left(nodes=frozenset({"box:0"}))
+    assert taken_by(store, "box:1") == second
+    assert taken_by(store, "box:0") == first
+
+
+def taken_by(store: Store, node: str) -> int | None:
+    claim = store.attempts.claim(node)
+    return claim.job_id if isinstance(claim, Claim) else None
 
 
 @pytest.mark.both

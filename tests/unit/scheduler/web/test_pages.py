@@ -432,7 +432,7 @@ def test_one_of_a_thing_is_one(own_web: Web) -> None:
     assert "in the last 7 days, including" in words(own_web.client.get("/usage?days=7").text)
     evaluation = webs.the_report(9, "dialect-r8", "lena", 3.0, 2.98)["evaluation"]
     one = {**evaluation, "rows": 1, "metrics": [{**metric, "cases": 1} for metric in evaluation["metrics"]]}
-    claim = webs.run(own_web.lab, "single", "ada", "kestrel:0", 3)
+    claim = webs.run(own_web.lab, "single", "ada", "kestrel:1", 3)
     webs.store_result(own_web.lab, claim, 2.0, 1.5, evaluation=one)
     page = words(own_web.client.get(f"/jobs/{claim.job_id}").text)
     assert "1 held-out row;" in page and "1 case, nats" in page and "1 attempt until" not in page
