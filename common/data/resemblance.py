@@ -54,8 +54,9 @@ ALONE = 0.5
 the held-out row: rows of one form all do."""
 
 STRETCH, STRETCH_SHARE, SHORT_ANSWER = 12, 0.35, 5
-"""Words in a row, and the share of their weight, less of which two rows share where they ask different things about one
-passage. Looked for behind answers of up to so many words, such as labels and letters, which may agree by chance."""
+"""Two questions about one passage differ in a stretch: STRETCH words in a row, of whose weight the other row has less
+than STRETCH_SHARE. Such rows are not alike if the answer is short (SHORT_ANSWER words at most, such as a label or a
+letter), since short answers may agree by chance."""
 
 REWORDED = 0.5
 """Share of the words of the longer of two answers that both have in one order, as one answer worded otherwise does."""
