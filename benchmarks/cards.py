@@ -1,9 +1,9 @@
 """The memory plan on several cards: python -m benchmarks.cards [PATH/measured.csv].
 
-First README.md's table: on which card models of common sizes fit. Then what 8B, 32B and 70B models need of each card,
-LoRA and QLoRA, on 1, 2 and 4 of them, and whether cards of 24 and 80 GiB hold that. Last the plan beside published runs
-on several cards, where the file with them is given: those of plain loops are planned as the exact mode, since they keep
-the logits of all tokens.
+First README.md's table: the largest common model that each size of card holds. Then what 8B, 32B and 70B models need of
+each card, LoRA and QLoRA, on 1, 2 and 4 of them, and whether cards of 24 and 80 GiB hold that. Last the plan beside
+published runs on several cards, where the file with them is given: those of plain loops are planned as the exact mode,
+since they keep the logits of all tokens.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ MODELS = {
 """Sizes in the config.json of Llama 3.1 8B, Qwen2.5 32B and Llama 3.1 70B."""
 
 COMMON = {
-    "SmolLM2 135M": ("llama", (576, 30, 9, 3, 1536, 49152), True),
     "Llama 3.2 1B": ("llama", (2048, 16, 32, 8, 8192, 128256), True),
+    "Llama 3.2 3B": ("llama", (3072, 28, 24, 8, 8192, 128256), True),
     "Llama 3.1 8B": (*MODELS["8B"], False),
+    "Qwen2.5 14B": ("qwen2", (5120, 48, 40, 8, 13824, 152064), False),
     "Qwen2.5 32B": (*MODELS["32B"], False),
     "Llama 3.1 70B": (*MODELS["70B"], False),
 }
-"""README.md's models, and whether embedding and head are one."""
+"""README.md's models, by size, and whether embedding and head are one."""
 
-COMMON_CARDS = (8, 12, 16, 24, 32, 48, 80)
+COMMON_CARDS = (8, 12, 16, 24, 48, 80)
 """GiB."""
 
 PUBLISHED = {
@@ -73,14 +74,17 @@ def main() -> None:
 
 
 def fits() -> list[str]:
-    """README.md's rows: what a model needs by the plan, and the smallest card that holds it."""
+    """README.md's rows: the largest model that a card holds by the plan, with what it needs."""
     rows = []
-    for model, (family, sizes, tied) in COMMON.items():
-        cells = [model]
+    for card in COMMON_CARDS:
+        cells = [f"{card} GiB"]
         for method in METHODS:
-            need = plan(_shape(family, sizes, tied), _job(1024, 4, 16), method).need_bytes
-            card = next((size for size in COMMON_CARDS if need <= size * GIB - MARGIN_BYTES), None)
-            cells.append(f"{need / GIB:.1f} GiB: " + (f"a card of {card}" if card else "several cards"))
+            needs = {
+                model: plan(_shape(family, sizes, tied), _job(1024, 4, 16), method).need_bytes
+                for model, (family, sizes, tied) in COMMON.items()
+            }
+            largest = [model for model, need in needs.items() if need <= card * GIB - MARGIN_BYTES][-1]
+            cells.append(f"{largest}: {needs[largest] / GIB:.1f} GiB")
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 

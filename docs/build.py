@@ -287,6 +287,7 @@ def main(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
     shutil.copytree(ROOT / "docs" / "images", folder / "docs" / "images", dirs_exist_ok=True)
+    shutil.copy(ROOT / "docs" / "site.css", folder / "docs")
     shutil.copy(ROOT / "docs" / "mkdocs.yml", folder)
     done = subprocess.run([sys.executable, "-m", "zensical", "build", "--clean", "--strict"], cwd=folder)
     sys.exit(done.returncode)
