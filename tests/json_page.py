@@ -126,12 +126,35 @@ def anchor(title: str) -> str:
 
 def hold(printed: Mapping[str, Sequence[Any]]) -> None:
     """Each key that these answers print is on the page, in their section or in what several answers hold, or it is a
-    job file's. Raises AssertionError."""
+    job file's. Each key of a section's table is printed, with the type that it has there. Raises AssertionError."""
     known = set().union(*map(names, SHARED.values()), *(key.split(".") for key in spec_keys()))
     for title, values in printed.items():
         found = {key for value in values for key in keys(json.loads(json.dumps(value)))}
         unnamed = found - names(ANSWERS[title]) - known
         assert not unnamed, f"{title}: {ANSWERS[title]} does not name {unnamed}"
+        objects = [one for value in values for one in (value if isinstance(value, list) else [value])]
+        for key, kinds in ROW.findall("\n".join(section(ANSWERS[title]))):
+            shown = [one[key] for one in json.loads(json.dumps(objects)) if key in one]
+            assert shown or not objects, f"{title}: `{key}` is on the page and is not printed"
+            strange = [value for value in shown if not any(fits(value, kind) for kind in kinds.split(" or "))]
+            assert not strange, f"{title}: `{key}` is {kinds} on the page, and printed as {strange}"
+
+
+ROW = re.compile(r"^\| `(\w+)` \| ([^|]*) \|", re.M)
+"""A row of a table: key and types."""
+
+TYPES: dict[str, tuple[type, ...]] = {
+    "text": (str,), "time": (str,), "integer": (int,), "number": (int, float), "true/false": (bool,), "object": (dict,),
+    "null": (type(None),), "any": (object,),
+}  # fmt: skip
+
+
+def fits(value: Any, kind: str) -> bool:
+    """Whether a printed value has a type of the page."""
+    if kind.startswith("list"):
+        held = kind.partition(" of ")[2]
+        return isinstance(value, list) and all(not held or fits(one, held.removesuffix("s")) for one in value)
+    return isinstance(value, TYPES[kind]) and (kind in ("true/false", "any") or not isinstance(value, bool))
 
 
 def keys(value: Any) -> Iterator[str]:
@@ -181,7 +204,7 @@ def table(answer: ast.ClassDef, source: list[str]) -> Iterator[str]:
         yield f"| `{field.target.id}` | {kind(ast.unparse(field.annotation))} | {comment} |"
 
 
-KINDS = {
+KINDS = dict.fromkeys((where.rpartition(":")[2] for where in SHARED.values()), "object") | {
     "str": "text", "Path": "text", "int": "integer", "float": "number", "bool": "true/false", "dt.datetime": "time",
     "None": "null", "Any": "any", "Mapping": "object", "dict": "object",
 }  # fmt: skip
@@ -190,7 +213,7 @@ KINDS = {
 def kind(annotation: str) -> str:
     """A type in words: int | None is integer or null."""
     if held := re.fullmatch(r"(?:tuple|list|Sequence)\[(.*?)(?:, \.\.\.)?\]", annotation):
-        return "list of " + ("objects" if held[1][:1].isupper() and held[1] not in KINDS else kind(held[1]))
+        return "list of " + kind(held[1]).replace("object", "objects")
     parts = [part.partition("[")[0] for part in annotation.split(" | ")] if "[" not in annotation else None
     if parts is None:
         return KINDS.get(annotation.partition("[")[0], "list") + (" or null" if annotation.endswith("| None") else "")
