@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from loractl.common.job.status import Reason
+from loractl.worker.recipe.best import BestKeeper
+from loractl.worker.recipe.progress import Recorder
+from loractl.worker.recipe.run import Run
 
 from .conftest import Recipe
 from .test_options import adapter, losses, notes, report
@@ -82,6 +86,15 @@ def test_a_run_that_stopped_early_is_not_trained_on_when_it_is_taken_up(recipe: 
     assert losses(told) == []
     steps = [report(tmp_path / name)["training"]["steps"] for name in ("first", "rest")]
     assert steps[0] == steps[1] < 30
+
+
+def test_a_training_is_over_by_its_last_step_or_early_and_not_by_a_stop(tmp_path: Path) -> None:
+    order = SimpleNamespace(checkpoint_dir=str(tmp_path))
+    best = BestKeeper(cast(Run, SimpleNamespace(order=order)), Recorder(0))
+    early, last = (SimpleNamespace(global_step=step, max_steps=12) for step in (4, 12))
+    assert (best.is_over(early), best.is_over(last)) == (False, True)
+    best.read_finished(tmp_path, vars(early))
+    assert best.is_over(early) and best.stopped_early == 4
 
 
 def _getting_worse(folder: Path) -> dict[str, Any]:

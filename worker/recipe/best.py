@@ -64,6 +64,10 @@ class BestKeeper(TrainerCallback):
             self.stopped_early = state.global_step
             control.should_training_stop = control.should_save = True
 
+    def is_over(self, state: Any) -> bool:
+        """Whether no step follows: the last one is done, or the training ended early, which a stop is not."""
+        return state.global_step >= state.max_steps or self.stopped_early is not None
+
     def take(self, model: Any) -> None:
         """Replace the last adapter with the best evaluation's, if the job asks for it, and report that."""
         asked = self._run.spec.training
@@ -87,7 +91,8 @@ class BestKeeper(TrainerCallback):
             shutil.copyfile(self._file, folder / BEST_WEIGHTS)
 
     def read_finished(self, folder: Path, state: dict[str, Any]) -> None:
-        """Load it from the last checkpoint of a finished training; `state`: the checkpoint's progress."""
+        """Load it from the last checkpoint of a finished training; `state`: the checkpoint's progress. One that was
+        over before its last step had ended early."""
         if state["global_step"] < state["max_steps"]:
             self.stopped_early = state["global_step"]
         self._load(folder)

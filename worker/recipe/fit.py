@@ -327,7 +327,6 @@ def _fit_once(
             _save_last_step(run, loop)
             run.again = _with_less(run, loop.state.global_step)
         raise
-    ended = loop.state.global_step >= loop.state.max_steps or callbacks.best.stopped_early is not None
-    if run.stop.came.is_set() and (loop.evaluation_due or not ended):
+    if run.stop.came.is_set() and (loop.evaluation_due or not callbacks.best.is_over(loop.state)):
         raise Stopped
     return None

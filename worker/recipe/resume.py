@@ -204,8 +204,7 @@ class CheckpointCloser(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        ended = state.global_step >= state.max_steps or self._best.stopped_early is not None
-        finished = ended and not control.should_evaluate  # a stop came before the last evaluation
+        finished = self._best.is_over(state) and not control.should_evaluate  # a stop came before the last evaluation
         self._best.store(folder)
         proof, step = self._proof.loss(model), state.global_step
         close_checkpoint(
