@@ -21,6 +21,7 @@ from sqlalchemy import (
     select,
     text,
 )
+from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import DeclarativeBase, Mapped, aliased, column_property, mapped_column
 
 from loractl.common.job.method import Method, Parallel
@@ -283,6 +284,12 @@ class Job(Base):
 
     if TYPE_CHECKING:
         cancel_requested: Mapped[bool]  # ASKED_TO_STOP
+
+    @hybrid_property
+    def waits_from(self) -> dt.datetime:
+        """From when its wait counts, in every figure; a column in queries. The order reads the same of its rows
+        (`fleet.waiting_of`, `queries/lines.py`)."""
+        return self.submitted_at
 
     @property
     def after(self) -> list[int]:

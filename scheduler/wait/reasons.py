@@ -181,7 +181,7 @@ def _next(asking: Asking) -> Wait | None:
     if (silent := silent_s(view, node)) > SILENT_S:
         sentence = f"{node} would take it, but has been silent for {duration(silent)}"
         return Wait(tier=Tier.FLEET, word="offline", sentence=sentence)
-    age = (view.now - job.submitted_at).total_seconds()
+    age = (view.now - job.waits_from).total_seconds()
     late = "" if age <= AT_ONCE_S else f", waiting {duration(age)}"
     are = "is" if len(nodes) == 1 else "are"
     sentence = f"{in_words(nodes)} {are} about to take it{late}"

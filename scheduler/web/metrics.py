@@ -129,9 +129,9 @@ class Tally:
 
     def add(self, runs: Iterable[tuple[Attempt, dt.datetime]], since: dt.datetime, until: dt.datetime) -> None:
         """Count those that began or ended after `since`, up to `until`."""
-        for run, submitted_at in runs:
+        for run, waits_from in runs:
             if run.attempt == 1 and since < run.started_at <= until:
-                self.waits.add(max(0.0, (run.started_at - submitted_at).total_seconds()))
+                self.waits.add(max(0.0, (run.started_at - waits_from).total_seconds()))
             if run.ended_at is None or not since < run.ended_at <= until:
                 continue
             self.outcomes[str(run.reason or "unknown")] += 1

@@ -253,18 +253,18 @@ def read_counts(tx: Transaction) -> dict[tuple[Status, str], int]:
 
 
 def read_oldest_ready(tx: Transaction) -> dt.datetime | None:
-    """When the oldest job that could be claimed now was submitted; None: there is none."""
-    return tx.session.scalar(select(Job.submitted_at).where(ready_at(tx.now())).order_by(Job.job_id).limit(1))
+    """From when the oldest job that could be claimed now waits; None: there is none."""
+    return tx.session.scalar(select(Job.waits_from).where(ready_at(tx.now())).order_by(Job.job_id).limit(1))
 
 
 def read_runs(tx: Transaction, since: dt.datetime, until: dt.datetime) -> list[tuple[Attempt, dt.datetime]]:
-    """The attempts that began or ended after `since`, up to `until`, and when the job of each was submitted."""
+    """The attempts that began or ended after `since`, up to `until`, and from when the job of each waited."""
     lately = or_(
         and_(Attempt.started_at > since, Attempt.started_at <= until),
         and_(Attempt.ended_at > since, Attempt.ended_at <= until),
     )
-    runs = select(Attempt, Job.submitted_at).join(Job, Job.job_id == Attempt.job_id).where(lately)
-    return [(attempt, submitted_at) for attempt, submitted_at in tx.session.execute(runs)]
+    runs = select(Attempt, Job.waits_from).join(Job, Job.job_id == Attempt.job_id).where(lately)
+    return [(attempt, waits_from) for attempt, waits_from in tx.session.execute(runs)]
 
 
 def read_measured(

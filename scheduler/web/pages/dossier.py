@@ -45,6 +45,7 @@ class JobDossier:
     """A job with all that is known about it."""
 
     history: JobHistory
+    waits_from: dt.datetime
     course: JobCourse
     wait: Why | None  # of a waiting job
     trouble: str | None  # what is wrong with a running job's card, in a few words
@@ -90,9 +91,9 @@ class JobDossier:
 
     @property
     def waited_s(self) -> float:
-        """Seconds from submission to the first start, or until now."""
+        """Seconds until the first start, or until now."""
         first = self.history.attempts[0].started_at if self.history.attempts else self._waits_until
-        return max(0.0, (first - self.job.submitted_at).total_seconds())
+        return max(0.0, (first - self.waits_from).total_seconds())
 
     @property
     def _waits_until(self) -> dt.datetime:
@@ -110,6 +111,7 @@ def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
     report, missing = _report(shelf, history.job, row.manifest_sha256)
     return JobDossier(
         history=history,
+        waits_from=row.waits_from,
         course=job_course(store, job_id, history.attempts),
         wait=answer if isinstance(answer, Why) else None,
         trouble=None if view is None else trouble_on(view, history.job.cards),

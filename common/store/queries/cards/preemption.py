@@ -94,7 +94,7 @@ def _withdraw(tx: Transaction) -> int:
 
 _SET = select(LabSetting.value).where(LabSetting.name == GIVE_WAY)
 _YIELDING = select(
-    Job.job_id, Job.submitted_at, Job.stops, Attempt.prepared_s, Attempt.trained_s, Attempt.trained_steps
+    Job.job_id, Job.waits_from, Job.stops, Attempt.prepared_s, Attempt.trained_s, Attempt.trained_steps
 ).outerjoin(Attempt, (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt))
 _YIELDING = _YIELDING.join(Node, (Node.node == Job.node) & ~Node.keeps_jobs)
 # what evaluates or stores is nearly done, and what prepares has not begun
@@ -120,7 +120,7 @@ def _yields(row: Any) -> Yields:
     nobody cuts off."""
     step_s = row.trained_s / row.trained_steps if row.trained_s and row.trained_steps else 0.0
     cost_s = STOP_COST_S if row.prepared_s is None else row.prepared_s + LEAVES_IN_S + step_s
-    return Yields(submitted=row.submitted_at, stops=row.stops, cost_s=cost_s)
+    return Yields(submitted=row.waits_from, stops=row.stops, cost_s=cost_s)
 
 
 def count_never_yielding(tx: Transaction) -> int:
