@@ -2,11 +2,12 @@
 
 README.md is its first page. What follows from the code is written here and kept nowhere: the commands from click, the
 job file's keys from its models, JSON keys from the answers, the reasons of an attempt from their table, the fields of
-other trainers from the reader. A link that leads out of the pages becomes its text.
+other trainers from the reader, the rooms from their packages. A link that leads out of the pages becomes its text.
 """
 
 from __future__ import annotations
 
+import ast
 import html
 import re
 import shutil
@@ -76,7 +77,17 @@ def within(text: str, name: str) -> str:
         f"]({up}../CONTRIBUTING.md", f"]({up}contributing.md"
     )
     text = re.sub(rf"(?<!!)\[([^\]]+)\]\({re.escape(up)}\.\./[^)]*\)", r"\1", text)
+    text = re.sub(r"<!-- rooms: .* -->", lambda _: "\n".join(rooms()), text)
     return re.sub(r"\n\n((?:- `\S+::\S+`.*\n)+)", folded, text)
+
+
+def rooms() -> Iterator[str]:
+    """The table of rooms, from what their packages say first."""
+    yield from ("| room | what belongs there, and what may not come in |", "| --- | --- |")
+    for floor in ("common", "scheduler", "worker"):
+        for file in sorted((ROOT / floor).glob("*/__init__.py")):
+            first = (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").partition("\n\n")[0]
+            yield f"| `{floor}/{file.parent.name}` | {cell(first)} |"
 
 
 def folded(tests: re.Match[str]) -> str:

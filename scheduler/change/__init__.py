@@ -1,4 +1,4 @@
-"""Changes of existing jobs: loractl edit, retry, hold and cancel.
+"""Changes of existing jobs: loractl edit, retry, hold, release and cancel.
 
 Others use nothing of it.
 """

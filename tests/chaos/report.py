@@ -21,8 +21,6 @@ def table(outcome: Outcome) -> str:
             "",
             *_counts(outcome),
             "",
-            *_faults(outcome),
-            "",
             *_successes(outcome),
             "",
             *_recovery(outcome),
@@ -70,11 +68,7 @@ page of one run. `make test-long` does the same for about a minute.
 
 {chr(10).join(_counts(outcome))}
 
-## Faults
-
-{chr(10).join(_faults(outcome))}
-
-## Successes in spite of faults
+## Faults, and successes in spite of them
 
 What was committed while a fault of each kind was active anywhere in the lab; several may be active at the same time. A
 fault is active until it is healed and what it killed is back, but at most {BACK_AT_LAST_S:.0f} s after it is healed. If
@@ -128,7 +122,6 @@ def _counts(outcome: Outcome) -> list[str]:
         ("drained for failures, repaired and opened again", str(outcome.mended)),
         ("failed because of the lab", str(sum(b.promise == 8 for b in outcome.broken))),
         ("statements of a hostile login that PostgreSQL allowed", str(outcome.held)),
-        ("faults", str(outcome.faults.total())),
         ("lost", str(lost)),
         ("ended twice", str(twice)),
         ("seconds", f"{outcome.seconds:.0f}"),
@@ -136,29 +129,28 @@ def _counts(outcome: Outcome) -> list[str]:
     return ["| what | count |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
 
 
-def _faults(outcome: Outcome) -> list[str]:
-    rows = [f"| {kind} | {outcome.faults[kind]} |" for kind in DECK if kind not in outcome.lacks]
-    return ["| fault | times |", "| --- | --- |", *rows]
-
-
 def _successes(outcome: Outcome) -> list[str]:
+    """Each fault: how often it struck, and, where it lasted, what succeeded meanwhile."""
     spans = outcome.history.spans
     counts = tally(outcome.history.changes, spans)
     head = (
         "fault",
+        "times",
         "active, s",
         *(f"{operation}s" if operation != "finish" else "finishes" for operation in OPERATIONS),
     )
 
-    def row(kind: str, seconds: str) -> str:
-        cells = (kind, seconds, *(str(counts[kind][operation]) for operation in OPERATIONS))
-        return f"| {' | '.join(cells)} |"
+    def row(kind: str, times: str, seconds: str) -> str:
+        done = [str(counts[kind][operation]) for operation in OPERATIONS] if kind in counts else [""] * len(OPERATIONS)
+        return f"| {' | '.join((kind, times, seconds, *done))} |"
 
     def active(kind: str) -> str:
         return f"{sum((span.end - span.start).total_seconds() for span in spans if span.kind == kind):.0f}"
 
-    kinds = [row(kind, active(kind)) for kind in DECK if kind in counts]
-    return [f"| {' | '.join(head)} |", "| --- " * len(head) + "|", row(NO_FAULT, ""), row(ANY_FAULT, ""), *kinds]
+    had = (kind for kind in DECK if kind not in outcome.lacks)
+    kinds = [row(kind, str(outcome.faults[kind]), active(kind) if kind in counts else "") for kind in had]
+    both = (row(NO_FAULT, "", ""), row(ANY_FAULT, str(outcome.faults.total()), ""))
+    return [f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *both, *kinds]
 
 
 def _recovery(outcome: Outcome) -> list[str]:
