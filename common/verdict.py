@@ -24,7 +24,8 @@ MIN_JUDGED = 20
 should have an interval without zero; 16 % have one with 8 rows, 9.5 % with 20, 7 % with 48."""
 
 MIN_NEW = 30
-"""With fewer held-out rows that resemble no row to train on, all of them decide, and the verdict says so."""
+"""With fewer held-out rows that resemble no row to train on, all of them decide, and the verdict says so. A gain that
+those few do not show can't be judged."""
 
 BADGES = {
     "better": "✓ Better",
@@ -210,8 +211,8 @@ def report_verdict(
     job names as the deciding one (`decides`) decides alone.
 
     A gain of the loss is one "by loss only" unless a measure of answers gained, too. It is none if a cheap answer
-    reaches it. It can't be judged if there are few rows, or if the rows measure something else: most of them resemble
-    rows to train on and the others are too few, or their questions hold the answer.
+    reaches it. It can't be judged if there are few rows, or if the rows measure something else: some resemble rows to
+    train on, and the others are few and are the fewer ones or show no clear gain; or their questions hold the answer.
 
     `rows`: what to call the measured rows. `doubts`: sentences about them, which follow the measures that got worse, in
     `aside`. `given_away`: how many of them resemble a row to train on. `read_off`: a clause if most of them hold their
@@ -240,11 +241,9 @@ def report_verdict(
         if deciding["cases"]:
             said = replace(said, why=", and ".join(part for part in (said.why, cut) if part))
     if said.reading in GAINS or said.disagrees:
-        if deciding is None and loss is every and given_away * 2 > every["cases"]:
-            others = every["cases"] - given_away
-            apart = f", and the other {others} are too few" if others else ""
+        if deciding is None and loss is every and (alike := _alike(every, given_away, new, said.reading)) is not None:
             said = _Said(
-                "cant_be_judged", f"{given_away} of {every['cases']} {rows} rows resemble rows to train on{apart}"
+                "cant_be_judged", f"{given_away} of {every['cases']} {rows} rows resemble rows to train on{alike}"
             )
             doubts = doubts[: len(doubts) - (new is not None)]
         elif read_off:
@@ -278,6 +277,17 @@ def report_verdict(
 
 
 GAINS = ("better", "better_by_loss")
+
+
+def _alike(every: Mapping[str, Any], seen: int, new: Mapping[str, Any] | None, reading: str) -> str | None:
+    """Why a gain says nothing if `seen` of its cases resemble rows to train on, as the end of a sentence about these;
+    None if it says something. `new`: the same measure on the others, which are too few to decide alone."""
+    if 2 * seen > every["cases"]:
+        others = every["cases"] - seen
+        return f", and the other {others} are too few" if others else ""
+    if reading in GAINS and new is not None and new["reading"] != "better":
+        return f", and the other {new['cases']} show no clear gain"
+    return None
 
 
 @dataclass(frozen=True)
@@ -344,9 +354,8 @@ def _decided(every: Mapping[str, Any], new: Mapping[str, Any] | None) -> tuple[_
     if new["cases"] >= MIN_NEW:
         return _of_measure(new), new, [f"{about}; the verdict is of the other {new['cases']}."]
     said = _of_measure(every)
-    if said.reading in GAINS and 2 * seen > every["cases"]:
-        others = f", and the other {new['cases']} are too few" if new["cases"] else ""
-        return _Said("cant_be_judged", f"{about}{others}"), every, []
+    if said.reading in GAINS and (alike := _alike(every, seen, new, said.reading)) is not None:
+        return _Said("cant_be_judged", f"{about}{alike}"), every, []
     return said, every, [f"{about}; the other {new['cases']} are too few to judge by."]
 
 
@@ -360,7 +369,7 @@ def _of_measure(metric: Mapping[str, Any]) -> _Said:
     if reading == "no practical change":
         return _Said("no_clear_change", "too small to notice")
     if reading == "no clear change":
-        return _Said("no_clear_change", "", ", and the interval of the change includes zero")
+        return _Said("no_clear_change", "", f", and the interval of the change of {metric['label']} includes zero")
     return _Said(str(reading))
 
 

@@ -237,7 +237,9 @@ def test_the_measure_that_a_job_names_decides_alone() -> None:
     assert said(LOSS, decided(10, 35, 8)).aside == "Worse on loss.", "it is said, and does not decide"
     assert said(GAIN, decided(35, 10, 8)).reading == "worse"
     none = said(GAIN, decided(10, 12, 8))
-    assert none.reading == "no_clear_change" and none.sentence.endswith("the interval of the change includes zero.")
+    assert none.reading == "no_clear_change" and none.sentence.endswith(
+        "the interval of the change of gsm8k includes zero."
+    )
     few = said(GAIN, decided(10, 60, 8, cases=19))
     assert (few.reading, few.why) == ("cant_be_judged", "19 answers are too few to say")
     unknown = {**decided(10, 35, 8, cases=0), "reading": "too few cases", "base": None, "tuned": None}
@@ -292,6 +294,8 @@ def test_a_deciding_measure_is_judged_on_answers_to_rows_like_none() -> None:
     assert none.reading == "cant_be_judged" and "too few" not in none.why
     some = said(GAIN, decided(10, 60, 8, cases=40), apart(10, 60, 8, 25), given_away=15)
     assert some.reading == "better" and some.aside.endswith("the other 25 are too few to judge by.")
+    unsure = said(GAIN, decided(10, 60, 8, cases=40), apart(10, 15, 8, 25), given_away=15)
+    assert unsure.reading == "cant_be_judged" and unsure.why.endswith(", and the other 25 show no clear gain")
 
 
 def test_a_deciding_measure_must_beat_the_labels_shares_as_the_loss_must() -> None:

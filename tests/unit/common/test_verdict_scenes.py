@@ -89,6 +89,11 @@ SCENES = [
         metrics=[loss(3.0, 0.2), measure("new_rows_loss", 3.0, 2.9, 0.3, 2), ROUGE], how={"given_away": 38},
     ),
     Scene(
+        name="20 of 40 rows resemble rows to train on, and the others gained nothing", reading="cant_be_judged",
+        why="20 of 40 held-out rows resemble rows to train on, and the other 20 show no clear gain",
+        metrics=[loss(3.5, 1.9), measure("new_rows_loss", 3.5, 3.45, 0.3, 20), ROUGE], how={"given_away": 20},
+    ),
+    Scene(
         name="8 rows after 2 steps", reading="cant_be_judged", why="8 held-out rows are too few",
         metrics=[loss(3.10, 2.90, cases=8), measure("rougeL", 10, 25, 9, 8)],
     ),
@@ -168,6 +173,10 @@ SCENES = [
     Scene(
         name="honest: 10 of 40 rows resemble others", reading="better", how={"given_away": 10},
         metrics=[loss(3.5, 0.9), measure("new_rows_loss", 3.6, 1.1, 0.2, 30), ROUGE],
+    ),
+    Scene(
+        name="honest: 20 of 40 rows resemble others, and the other 20 gained, too", reading="better",
+        metrics=[loss(3.5, 0.9), measure("new_rows_loss", 3.5, 2.9, 0.3, 20), ROUGE], how={"given_away": 20},
     ),
     Scene(
         name="honest: short answers, as expected", reading="better",
