@@ -107,11 +107,11 @@ class LabJob:
         stored, row = stored_adapter(self._store, str(self.job_id))
         return LabAdapter(stored, lambda folder: self._pull(row, folder))
 
-    def wait(self, timeout: float | None = None) -> LabJob:
+    def wait(self, timeout: float | None = None) -> None:
         """Follow the job until it has ended, or until it is held: then only a person lets it go on.
 
-        In a notebook its table is redrawn, elsewhere each change is a line on stderr. `timeout`: seconds. Raises
-        TimeoutError, JobNotFound.
+        In a notebook its table is redrawn, elsewhere each change is a line on stderr. It returns nothing, which a cell
+        would draw below. `timeout`: seconds. Raises TimeoutError, JobNotFound.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         show, shown = _screen(), ""
@@ -121,7 +121,7 @@ class LabJob:
                 show(line, self)
                 shown = line
             if is_over(self._store, state):
-                return self
+                return
             if deadline is not None and time.monotonic() >= deadline:
                 raise TimeoutError(f"job {self.job_id} has not ended within {timeout:g} s: {line}")
             time.sleep(POLL_S)

@@ -55,7 +55,8 @@ def test_a_job_goes_from_a_mapping_to_its_report_and_adapter(folder: Path, capsy
     with pytest.raises(TimeoutError, match="queued"):
         job.wait(timeout=0)
     threading.Timer(0.2, finish, (job.job_id,)).start()
-    assert job.wait(timeout=60).status == "succeeded"
+    job.wait(timeout=60)
+    assert job.status == "succeeded"
     assert "job 1 queued\njob 1 succeeded\n" in capsys.readouterr().err
     report = job.report
     assert report.verdict == "better" and "3.00 -> 1.00" in report.sentence
