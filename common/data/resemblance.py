@@ -22,7 +22,7 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import itemgetter
@@ -66,6 +66,9 @@ KEPT = 3
 
 _BUCKETS = 1 << 20
 """Counters of words: 4 MB, however many words there are. Two words in one counter weigh a little less."""
+
+_LOWER_BITS = 52
+"""Of a pair's hash: pairs are looked for among those that begin with the same 12 bits."""
 
 _SAME_WORD = 85.0
 """From this ratio on, two words are spellings of one."""
@@ -115,13 +118,16 @@ class Resemblance:
                 self._counted(words)
                 self._same.setdefault(hash(tuple(words)), place)
                 pairs += {(_hashed(pair), place) for pair in itertools.pairwise(words)}
-        self._pairs, self._places = array("Q"), array("Q")
+        self._pairs, self._places, self._starts = array("Q"), array("I"), array("I", [0])
         self._indexed = Counter[int]()  # rare pairs by place
         for pair, group in itertools.groupby(sorted(pairs), key=itemgetter(0)):
             if len(places := [place for _, place in group]) <= FREQUENT:
-                self._pairs.extend(itertools.repeat(pair, len(places)))
+                self._pairs.append(pair)
                 self._places.extend(places)
+                self._starts.append(len(self._places))
                 self._indexed.update(places)
+        bounds = (bisect.bisect_left(self._pairs, part << _LOWER_BITS) for part in range(1 << 64 - _LOWER_BITS))
+        self._bounds = array("I", [*bounds, len(self._pairs)])  # where pairs that begin with the same bits begin
         self._found: dict[int, int] = {}
 
     @property
@@ -137,9 +143,7 @@ class Resemblance:
         self._counted(words)
         if words and (same := self._same.get(hash(tuple(words)))) is not None:
             self._found.setdefault(same, example.number)
-        pairs = dict.fromkeys(itertools.pairwise(words))  # in order: a set has another one in each process
-        shared = Counter(place for pair in pairs for place in self._having(_hashed(pair)))
-        for place, hits in shared.most_common(MOST_CANDIDATES):
+        for place, hits in self._sharing(words).most_common(MOST_CANDIDATES):
             self._keep(place, hits, example, words)
             if (
                 self._scores
@@ -208,13 +212,20 @@ class Resemblance:
     def _weight(self, words: Iterable[int]) -> float:
         return sum(math.log(self._count / self._rows[word % _BUCKETS]) for word in words)
 
-    def _having(self, pair: int) -> Iterator[int]:
-        """The places of rows with this rare pair that are not found yet."""
-        at = bisect.bisect_left(self._pairs, pair)
-        while at < len(self._pairs) and self._pairs[at] == pair:
-            if (place := self._places[at]) not in self._found:
-                yield place
-            at += 1
+    def _sharing(self, words: Sequence[str]) -> Counter[int]:
+        """How many rare pairs of words each row shares with these, by its place, but for rows that are found."""
+        every, bounds, starts, places = self._pairs, self._bounds, self._starts, self._places
+        shared: list[int] = []
+        for pair in dict.fromkeys(itertools.pairwise(words)):  # in order: a set has another one in each process
+            hashed = _hashed(pair)
+            part = hashed >> _LOWER_BITS
+            at = bisect.bisect_left(every, hashed, bounds[part], last := bounds[part + 1])
+            if at < last and every[at] == hashed:
+                shared += places[starts[at] : starts[at + 1]]
+        counted = Counter(shared)
+        for place in self._found.keys() & counted.keys():
+            del counted[place]
+        return counted
 
     @cached_property
     def _scores(self) -> bool:
@@ -243,9 +254,11 @@ def _hash_of(word: str) -> int:
 
 
 def _answer(example: Example) -> array[int]:
-    """The words of what a row answers, in order; none of a plain text."""
-    answers = example.turns or example.prompt or example.label is not None
-    return _hashes(folded_words(answer_of(example)) if answers else ())
+    """The words of what a row answers, in order, or its signs if it has no words; none of a plain text."""
+    if not (example.turns or example.prompt or example.label is not None):
+        return array("I")
+    answer = answer_of(example)
+    return _hashes(folded_words(answer) or [answer.strip()])
 
 
 def _holds(answer: array[int], other: array[int]) -> bool:

@@ -191,8 +191,12 @@ def passage(number: int, question: str, answer: str) -> Example:
             lambda n: chat(n, f"Reverse the words: {' '.join(PROSE[n % 1000][::-1])}",
                            " ".join(PROSE[n % 1000][::-1])[::-1]),
         ),
+        (
+            lambda n: chat(n, f"Is it in order? {' '.join(PROSE[n % 1000])}", "+"),
+            lambda n: chat(n, f"Is it in order? {' '.join(PROSE[n % 1000][::-1])}", "-"),
+        ),
     ],
-    ids=["another question of one passage", "names swapped", "another order that has another answer"],
+    ids=["another question of one passage", "names swapped", "another order that has another answer", "a sign"],
 )  # fmt: skip
 def test_rows_of_the_same_words_that_have_other_answers_are_other_rows(
     one: Callable[[int], Example], other: Callable[[int], Example]
