@@ -107,6 +107,7 @@ class Giveaway:
             kind, what, hint = _FORMS[told[1]]
             self.read_off = f"{what} of a question tell{'s' * (told[1] not in ('capitals', 'spaces'))} its label"
             text = f"{self.read_off}: the {NEAR} rows nearest in it guess it with a kappa of {told[0]:.2f}"
+            text += "; if the label is about that, a rule without a model may do as well"
             yield Finding(level="warning", kind=kind, text=text, count=len(sides[0].rows), hint=hint)
         elif (finding := sides[0].task) is not None:
             yield finding

@@ -208,6 +208,7 @@ def test_labels_that_follow_from_the_length_of_the_question_are_found() -> None:
         "warning", "length tells the label", "the length of a question tells its label"
     )  # fmt: skip
     assert "kappa of " in told.text and told.hint is not None
+    assert told.text.endswith("; if the label is about that, a rule without a model may do as well")
     clean_rows = chats(clean, count=120)
     assert look(clean_rows[:100], clean_rows[100:]) == ([], "")
     assert look(rows[:100], clean_rows[100:]) == ([], ""), "on both sides"
