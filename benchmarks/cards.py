@@ -40,7 +40,7 @@ COMMON = {
     "Qwen2.5 32B": (*MODELS["32B"], False),
     "Llama 3.1 70B": (*MODELS["70B"], False),
 }
-"""README.md's models, by size, and whether embedding and head are one."""
+"""README.md's models, by size: the shape in each one's config.json, and whether embedding and head are one."""
 
 COMMON_CARDS = (8, 12, 16, 24, 48, 80)
 """GiB."""

@@ -36,6 +36,9 @@ def test_the_site_builds_and_its_reference_has_each_command_option_and_key(tmp_p
     )
     assert built.returncode == 0, built.stdout + built.stderr
     assert (tmp_path / "site" / "index.html").exists()
+    for html in (tmp_path / "site").rglob("*.html"):
+        foreign = r'<(?:script|img|iframe)[^>]* src="?(?:https?:)?//|<link[^>]*rel="?stylesheet[^>]*//|class="[^"]*mermaid'
+        assert not re.search(foreign, html.read_text("utf-8")), f"{html.name} loads what is not of the site, or draws by it"
     commands = (tmp_path / "docs" / "reference" / "commands.md").read_text("utf-8")
     for name in COMMANDS:
         command = cli.get_command(click.Context(cli), name)
