@@ -9,9 +9,9 @@ constant was chosen. The arrivals of each are spread so that 24 cards have a loa
 give another load. Cards come in sixes: 12, 24, 48, 12, 24 and 80 GiB. Each job
 is given to one of 20 users by Zipf if the trace has fewer. Bound: the larger of the mean duration and the mean time
 under shortest remaining first on one machine as fast as all cards together. Predictions are what is known of a job that
-waits; what runs is measured by its trainer. Worst user: the largest of the users' mean slowdowns. Share: the largest
-of what a user's mean time is of that with an equal share of the lab alone (the bound of these jobs, at a part of its
-speed). Lost: the part of the jobs' own time that their stops add.
+waits; what runs is measured by its trainer. By user: the least and the largest of the users' mean slowdowns. Share: the
+same of what a user's mean time is of that with an equal share of the lab alone (the bound of these jobs, at a part of
+its speed). Lost: the part of the jobs' own time that their stops add.
 
 --lab: the jobs that have ended well in this many days (LORACTL_DATABASE_URL, or the home's database), on the
 cards that it has now, as they were predicted then. So an owner sees what each order would have done.
@@ -143,7 +143,8 @@ def _trace(name: str, jobs: Sequence[TraceJob], counts: str, contenders: Sequenc
 
 
 HEADER = (
-    "load order                     mean     median        p99    longest  slowdown  worst user  share  stops   lost"
+    "load order                     mean     median        p99    longest  slowdown        by user         share"
+    "  stops   lost"
 )
 
 
@@ -205,8 +206,8 @@ def lab_cards(store: Store) -> list[Card]:
 
 
 def measured(jobs: Sequence[ReplayedJob], done: Replay, cards: Sequence[Card]) -> str:
-    """Seconds from arrival to end, mean slowdown, that of the user with the worst, the worst of their times against an
-    equal share, stops, and what they cost."""
+    """Seconds from arrival to end, mean slowdown, those of the users with the best and the worst, the same of their
+    times against an equal share, stops, and what they cost."""
     took, slow, by_user = list[float](), list[float](), dict[str, list[int]]()
     for number, job in enumerate(jobs):
         ended = done.runs[job.waiting.job_id].ended
@@ -214,17 +215,17 @@ def measured(jobs: Sequence[ReplayedJob], done: Replay, cards: Sequence[Card]) -
         took.append((ended - job.waiting.since).total_seconds())
         slow.append(took[-1] / max(job.seconds, SHORT_S))
         by_user.setdefault(job.waiting.user, []).append(number)
-    worst = max(statistics.fmean(slow[number] for number in mine) for mine in by_user.values())
-    share = max(
+    slows = [statistics.fmean(slow[number] for number in mine) for mine in by_user.values()]
+    shares = [
         statistics.fmean(took[number] for number in mine) / bound([jobs[n] for n in mine], cards, len(by_user))
         for mine in by_user.values()
-    )
+    ]
     times = (statistics.fmean(took), statistics.median(took), quantile(took, 0.99), max(took))
     runs = [(job, done.runs[job.waiting.job_id].stops) for job in jobs]
     work, lost = sum(job.seconds or 0.0 for job in jobs), sum(stops * job.stop_s for job, stops in runs)
-    slows = f"{statistics.fmean(slow):10.1f}{worst:12.1f}{share:7.1f}"
-    slows += f"{sum(stops for _, stops in runs):7,}{lost / work:7.2%}"
-    return "{:12,.0f}{:11,.0f}{:11,.0f}{:11,.0f}".format(*times) + slows
+    users = "".join(f"{f'{min(some):.1f} to {max(some):.1f}':>{width}}" for some, width in ((slows, 15), (shares, 14)))
+    stopped = f"{sum(stops for _, stops in runs):7,}{lost / work:7.2%}"
+    return "{:12,.0f}{:11,.0f}{:11,.0f}{:11,.0f}{:10.1f}".format(*times, statistics.fmean(slow)) + users + stopped
 
 
 def fleet(count: int) -> list[Card]:

@@ -19,11 +19,11 @@ import datetime as dt
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loractl.common.job.method import Need, SharedNeed
 
-from .cards import Card, Occupant, Yields, largest_gpu, least_limit, room_for, takes
+from .cards import Card, Occupant, Yields, largest_gpu, lasts, least_limit, takes
 from .duration import LATE_S, LATE_SHARE, UNKNOWN_S
 from .gangs import gang_of, takers
 from .lines import Queue, Waiting
@@ -237,7 +237,7 @@ def yield_to(
     if found is None:
         return None
     cost_s = sum(one.yields.cost_s for one in found[1] if one.yields is not None)
-    return (found[0], _numbers(found[1])) if _until_room_s(job, cards, now) > cost_s else None
+    return None if _has_room_within(cost_s, job, cards, now) else (found[0], _numbers(found[1]))
 
 
 def _on_one(
@@ -283,17 +283,16 @@ def _longest(card: Card, size: int, longer: Sequence[Occupant], now: dt.datetime
     return next((by_size[:count] for count in counts if _has_room(card, size, by_size[:count])), None)
 
 
-def _until_room_s(job: Waiting, cards: Sequence[Card], now: dt.datetime) -> float:
-    """Seconds until some card has room for the job by itself."""
-    largest, rooms = largest_gpu(cards), list[float]()
-    for card in (c for c in cards if c.open and takes(c, job, cards, largest)):
-        if any(one.ends is None or one.ends <= now for one in card.running):
-            ending = (replace(one, ends=now + dt.timedelta(seconds=left_s(one, now))) for one in card.running)
-            card = replace(card, running=tuple(ending))
-        for size in filter(None, map(job.need.of, job.methods)):
-            if (room := room_for(card, job, size, now)) is not None and room.at is not None:
-                rooms.append((room.at - now).total_seconds())
-    return min(rooms, default=math.inf)
+def _has_room_within(seconds: float, job: Waiting, cards: Sequence[Card], now: dt.datetime) -> bool:
+    """Whether some card will have room for the job by itself by then."""
+    largest, sizes = largest_gpu(cards), [*filter(None, map(job.need.of, job.methods))]
+
+    def on(card: Card) -> bool:
+        ending = [one for one in card.running if left_s(one, now) <= seconds]
+        has_room = any(_has_room(card, size, ending) for size in sizes)  # asked first: it is cheap, and mostly not so
+        return has_room and card.open and takes(card, job, cards, largest) and lasts(card, job, seconds)
+
+    return any(map(on, cards))
 
 
 def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]] | None:

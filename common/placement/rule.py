@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -119,6 +120,7 @@ class _Fleet:
         self._look()
 
     def _look(self) -> None:
+        self.__dict__.pop("emptying", None)
         self.rooms = {node: room for node, card in self.cards.items() if (room := self._room(card)) > 0}
 
     def _room(self, card: Card) -> int:
@@ -127,6 +129,12 @@ class _Fleet:
         if kept is None:
             return room
         return max(0, min(room, kept.spare)) if kept.spare_slots > 0 else 0
+
+    @functools.cached_property
+    def emptying(self) -> list[tuple[float, int, str]]:
+        """The cards that will be empty: after how many seconds, their bytes and names, the first one first."""
+        empty = ((_until_empty_s(card, self.now), card.capacity, node) for node, card in self.cards.items())
+        return sorted(one for one in empty if one[0] < math.inf)
 
     @property
     def most_room(self) -> int:
@@ -319,15 +327,14 @@ def _sooner_alone(found: Placement, fleet: _Fleet) -> str | None:
     patience_s = CONTENTION * others * job.left_s - waited_again(job, fleet.now)
     if fleet.shares or patience_s <= 0:
         return None
-    options = []
-    for card in fleet.cards.values():
-        empty_s = _until_empty_s(card, fleet.now)
-        if empty_s >= patience_s or found.reserved > card.capacity or not fleet.takes(card, job):
-            continue
-        kept = card.node in fleet.promised or (fleet.kept is not None and fleet.kept.on(card.node) is not None)
-        if not kept and lasts(card, job, empty_s):
-            options.append((empty_s, card.capacity, card.node))
-    return min(options)[-1] if options else None
+    for empty_s, _, node in fleet.emptying:
+        if empty_s >= patience_s:
+            break
+        card = fleet.cards[node]
+        kept = node in fleet.promised or (fleet.kept is not None and fleet.kept.on(node) is not None)
+        if not kept and found.reserved <= card.capacity and fleet.takes(card, job) and lasts(card, job, empty_s):
+            return node
+    return None
 
 
 def _until_empty_s(card: Card, now: dt.datetime) -> float:
