@@ -185,6 +185,8 @@ CHEAP = {
 """The tuned model against answers that cost no training. A gain over the base needs a gain over each of them in one
 measure; where a measure decides, in that one or over the shares in either."""
 
+RESEMBLE = "resemble rows to train on"
+
 SPOILT = 1.0
 """Rise of the chosen answers' loss, in nats a token, that makes a verdict mixed: each token is e times less likely. The
 margin alone can't tell, since it also grows when both answers become unlikely and the rejected one more so."""
@@ -203,6 +205,7 @@ def report_verdict(
     rows: str = "held-out",
     given_away: int = 0,
     *,
+    resemble: str = RESEMBLE,
     read_off: str = "",
     texts: bool = False,
 ) -> ReportVerdict:
@@ -215,8 +218,8 @@ def report_verdict(
     train on, and the others are few and are the fewer ones or show no clear gain; or their questions hold the answer.
 
     `rows`: what to call the measured rows. `doubts`: sentences about them, which follow the measures that got worse, in
-    `aside`. `given_away`: how many of them resemble a row to train on. `read_off`: a clause if most of them hold their
-    answer. `texts`: the rows are plain texts, so the loss is all there is.
+    `aside`. `given_away`: how many of them `resemble` a row that was trained on. `read_off`: a clause if most of them
+    hold their answer. `texts`: the rows are plain texts, so the loss is all there is.
     """
     named = {metric["name"]: metric for metric in metrics}
     every, new = named["loss"], named.get("new_rows_loss")
@@ -226,7 +229,7 @@ def report_verdict(
     deciding, cut = next((metric for metric in metrics if metric.get("decides")), None), _cut(named.get(ENDS))
     if new is not None and deciding is None:
         seen = every["cases"] - new["cases"]
-        about = f"{seen} of {every['cases']} {rows} rows resemble rows to train on"
+        about = f"{seen} of {every['cases']} {rows} rows {resemble}"
         apart = (
             f"the verdict is of the other {new['cases']}" if loss is new else f"the other {new['cases']} are too few"
         )
@@ -235,16 +238,14 @@ def report_verdict(
         said, spoken = _said(of, loss, named, metrics, texts=texts)
         spoken |= LOSSES
     else:
-        said, judged, apart_from = _decided(deciding, named.get(f"{NEW_ROWS}{deciding['name']}"))
+        said, judged, apart_from = _decided(deciding, named.get(f"{NEW_ROWS}{deciding['name']}"), resemble)
         spoken = {deciding["name"], f"{NEW_ROWS}{deciding['name']}", *(LOSSES - {"loss"})}
         of, doubts = _by_measure(judged, of, str(deciding["label"])), [*doubts, *apart_from]
         if deciding["cases"]:
             said = replace(said, why=", and ".join(part for part in (said.why, cut) if part))
     if said.reading in GAINS or said.disagrees:
         if deciding is None and loss is every and (alike := _alike(every, given_away, new, said.reading)) is not None:
-            said = _Said(
-                "cant_be_judged", f"{given_away} of {every['cases']} {rows} rows resemble rows to train on{alike}"
-            )
+            said = _Said("cant_be_judged", f"{given_away} of {every['cases']} {rows} rows {resemble}{alike}")
             doubts = doubts[: len(doubts) - (new is not None)]
         elif read_off:
             said = _Said("cant_be_judged", read_off)
@@ -344,13 +345,15 @@ NEW_ROWS = "new_rows_"
 """How the name begins of a measure on rows that resemble no row to train on."""
 
 
-def _decided(every: Mapping[str, Any], new: Mapping[str, Any] | None) -> tuple[_Said, Mapping[str, Any], list[str]]:
+def _decided(
+    every: Mapping[str, Any], new: Mapping[str, Any] | None, resemble: str
+) -> tuple[_Said, Mapping[str, Any], list[str]]:
     """What the measure that the job has named says, the answers that it is about, and a sentence about the others.
     `new`: on rows that resemble none to train on, if others do."""
     seen = 0 if new is None else every["cases"] - new["cases"]
     if new is None or not seen:
         return _of_measure(every), every, []
-    about = f"{seen} of the {every['cases']} answers of {every['label']} are to rows that resemble rows to train on"
+    about = f"{seen} of the {every['cases']} answers of {every['label']} are to rows that {resemble}"
     if new["cases"] >= MIN_NEW:
         return _of_measure(new), new, [f"{about}; the verdict is of the other {new['cases']}."]
     said = _of_measure(every)

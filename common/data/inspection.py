@@ -9,7 +9,7 @@ import re
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from loractl.common.verdict import MIN_CASES
@@ -179,6 +179,10 @@ class Leaks:
         self._trained_parts.update(part for part in _answered(example.turns) if part in self._parts)
         if question in self._prompts:
             self._trained_prompts.add(question)
+
+    def see_all(self, examples: Iterable[Example]) -> None:
+        for example in examples:
+            self.see(example, _prompt_hash(example) if _asks(example) else None)
 
     @classmethod
     def of_final(cls, final: Sequence[Example] | None) -> Leaks | None:

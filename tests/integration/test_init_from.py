@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loractl.common.job.sections import DatasetSpec
+from loractl.worker.base.model import load_tokenizer
+from loractl.worker.protocol.messages import Ancestor, Start, Taught
+from loractl.worker.recipe.recipe import train
+from loractl.worker.recipe.rows import prepare_rows
+from loractl.worker.recipe.run import Run
+
 from ..conftest import Cli
-from ..models import write_job
+from ..models import write_helpdesk, write_job
+from .conftest import Recipe
 
 SMALL_STEPS = ("--set=training.max_steps=2", "--set=training.learning_rate=1e-7", "--set=lora.lora_dropout=0")
 
@@ -21,7 +30,7 @@ def test_a_job_begins_from_a_stored_adapter_and_says_so(cli: Cli, home: Path, ti
     cli("submit", job)
     cli("worker", "--drain-when-idle")
     begun = (job, "--set=name=further", "--set=lora.init_from=tiny:latest")
-    cli("submit", *begun, *SMALL_STEPS)
+    cli("submit", *begun, *SMALL_STEPS, "--set=dataset.final_size=0.2")
     assert json.loads(cli("status", 2, "--json").stdout)["spec"]["lora"]["init_from"] == "1", "a tag would move"
     _refuses_what_does_not_fit(cli, begun)
     assert "job 2 is to begin from the adapter of job 1" in cli("adapters", "delete", "tiny", "--yes", code=1).stderr
@@ -30,6 +39,10 @@ def test_a_job_begins_from_a_stored_adapter_and_says_so(cli: Cli, home: Path, ti
     first, second = (json.loads(cli("report", n, "--json").stdout) for n in (1, 2))
     assert _loss(second)["tuned"] == pytest.approx(_loss(first)["tuned"], abs=1e-3), "where the first one ended"
     assert _loss(first)["base"] - _loss(first)["tuned"] > 0.5
+    warnings = [warning for warning in second["data"]["warnings"] if "job 1" in warning]
+    assert warnings == ["5 rows of the final ones are like rows that job 1 was trained on, before this one"], (
+        "not held-out"
+    )
     lineage = {"job_id": 1, "name": "tiny", "sha256": first["adapter"]["sha256"]}
     assert second["adapter"]["init_from"] == lineage and first["adapter"]["init_from"] is None
     stored = home / "artifacts" / "jobs" / "2" / "attempt-1"
@@ -65,3 +78,58 @@ def _refuses_what_does_not_fit(cli: Cli, begun: tuple[Any, ...]) -> None:
     unknown = cli("submit", begun[0], "--set=lora.init_from=nobody", code=2).stderr
     assert "lora.init_from: no adapter nobody:latest is stored" in unknown
     assert json.loads(cli("status", "--json").stdout)[0]["job_id"] == 2, "nothing else was queued"
+
+
+def test_rows_that_an_earlier_adapter_has_learned_carry_no_verdict(
+    recipe: Recipe, start: Callable[..., Start], tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    asked = [f"ticket {n}: something is broken" for n in range(60)]
+    rows = [{"prompt": ask, "completion": f" please wait {n * 7919 % 997} lines"} for n, ask in enumerate(asked)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    recipe("first", max_steps=20, dataset={"test_size": 0.02}, evaluation={"metrics": ["loss"], "samples": 0})
+    order = start(
+        "second", dataset={"test_size": 0.5}, evaluation={"metrics": ["loss"], "samples": 0}, max_steps=1,
+        learning_rate=1e-7,
+    )  # fmt: skip
+    taught = [Taught(job_id=1, **of(data, 0.02))]
+    folder = tmp_path / "first" / "result" / "adapter"
+    ancestor = Ancestor(path=str(folder), job_id=1, name="tiny", sha256="0" * 64, taught=taught)
+    train(Run(order=order.model_copy(update={"init_from": ancestor}), tell=lambda told: None))
+    report = json.loads((tmp_path / "second" / "result" / "report.json").read_text())
+    known = "29 of 30 held-out rows resemble rows that the adapter before it was trained on"
+    assert report["verdict"]["why"] == f"{known}, and the other 1 are too few"
+    assert report["verdict"]["short"].startswith(f"can't be judged: {known}")
+    assert "29 rows held out are like rows that job 1 was trained on, before this one." in report["verdict"]["aside"]
+    assert report["evaluation"]["metrics"][0]["reading"] == "better", "what it would have said"
+
+
+def test_what_every_adapter_before_has_learned_counts_and_what_is_not_known_is_said(
+    start: Callable[..., Start], tmp_path: Path, tiny_model: Path
+) -> None:
+    """Rows of another file count if they are alike, whatever their format is."""
+    data, tokenizer = write_helpdesk(tmp_path / "data.jsonl", 60), load_tokenizer(str(tiny_model), None)
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        "".join(json.dumps({"text": f"ticket {n}: something with gpu is broken"}) + "\n" for n in range(60))
+    )
+    lessons = (
+        [Taught(job_id=1, **of(data, 0.5))],
+        [Taught(job_id=2, **of(data, 0.5)), Taught(job_id=1, **of(data, 0.02))],
+        [Taught(job_id=1, **of(other, 0.02))],
+        [Taught(job_id=1)],
+        [Taught(job_id=1, **of(tmp_path / "gone.jsonl", 0.02))],
+    )
+    order, found = start(dataset={"test_size": 0.5, "final_size": 0.1}), []
+    for taught in lessons:
+        ancestor = Ancestor(path="", job_id=taught[0].job_id, name="tiny", sha256="", taught=taught)
+        found.append(prepare_rows(order.model_copy(update={"init_from": ancestor}), order.spec, tokenizer))
+    assert [len(prepared.given_away) for prepared in found] == [0, 29, 9, 0, 0]
+    assert [len(prepared.of_final.given_away) for prepared in found if prepared.of_final] == [6, 6, 3, 0, 0]
+    assert all("before this one, is not known" in prepared.doubts()[-1] for prepared in found[3:])
+    assert not found[0].doubts() and found[0].of_final and found[0].of_final.doubts()
+
+
+def of(data: Path, share: float) -> dict[str, Any]:
+    """The rows of a file but for this share, as a job is taught them."""
+    return {"dataset": DatasetSpec(path=data.name, test_size=share), "paths": {"path": str(data)}}

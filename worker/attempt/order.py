@@ -11,6 +11,9 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from loractl.common.adapter_config import CONFIG, check_adapter_config
 from loractl.common.artifacts import WEIGHTS
@@ -39,7 +42,7 @@ from loractl.worker.device.occupancy import (
     run_mark,
 )
 from loractl.worker.protocol.marker import is_complete
-from loractl.worker.protocol.messages import Ancestor, KnownFile, Rank, Start
+from loractl.worker.protocol.messages import Ancestor, KnownFile, Rank, Start, Taught
 from loractl.worker.protocol.trust import Refused, check_checkpoint, check_claim, may_run_code
 
 from .attempt import SupervisedAttempt
@@ -109,13 +112,10 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
         check_checkpoint(claim.job_id, claim.checkpoint)
     _require_space(place, folder, bytes_to_write(spec, claim.method))
 
-    named = spec.data_sets()  # those not stored are hub ids
     if claim.data:
-        names = sorted({Path(named[key]).name for key in named.keys() & claim.data.keys()})
+        names = sorted({Path(name).name for key, name in spec.data_sets().items() if key in claim.data})
         attempt.say(Stage.PREPARING, f"fetches {', '.join(names)}")
-    for key in named.keys() & claim.data.keys():
-        stored = claim.data[key]
-        named[key] = str(place.artifacts.fetch_dataset(stored["uri"], stored["sha256"], cache / "datasets"))
+    named = _fetched(place, spec.data_sets(), claim.data)
     more = [f"more.{number}" for number in range(len(spec.dataset.more))]
     hashes = {key: stored["sha256"] for key, stored in claim.data.items()}
     data = [Path(path) for path in named.values() if Path(path).is_file()]
@@ -159,6 +159,13 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
         cache_dir=str(cache),
         kept=[_known(row) for row in place.store.cards.kept_files(place.settings.host)],
     )
+
+
+def _fetched(place: Workplace, named: dict[str, str], data: dict[str, Any]) -> dict[str, str]:
+    """Where data sets are: on this box if they are stored, else on the hub. Raises ArtifactError."""
+    folder, kept = place.settings.cache_dir / "datasets", {key: data[key] for key in named.keys() & data.keys()}
+    files = {key: place.artifacts.fetch_dataset(one["uri"], one["sha256"], folder) for key, one in kept.items()}
+    return {key: str(files.get(key, name)) for key, name in named.items()}
 
 
 def _known(row: KeptFile) -> KnownFile:
@@ -209,7 +216,30 @@ def _ancestor(place: Workplace, attempt: SupervisedAttempt) -> Ancestor | None:
     files = place.artifacts.pull(result_binding(store, job), folder, "adapter/")
     check_adapter_config(folder / CONFIG)
     weights = files[WEIGHTS.removeprefix("adapter/")].sha256
-    return Ancestor(path=str(folder), job_id=job_id, name=row.name, sha256=weights)
+    return Ancestor(path=str(folder), job_id=job_id, name=row.name, sha256=weights, taught=_taught(place, job_id))
+
+
+def _taught(place: Workplace, job_id: int) -> list[Taught]:
+    """What a job's adapter was trained on, and those before it from which it was begun."""
+    known: dict[int, Taught] = {}
+    number: int | None = job_id
+    while number is not None and number not in known:
+        known[number] = _taught_by(place, number)
+        number = place.store.adapters.ancestors([number]).get(number)
+    return list(known.values())
+
+
+def _taught_by(place: Workplace, job_id: int) -> Taught:
+    try:
+        job = place.store.jobs.get(job_id)
+        spec = JobSpec.model_validate(job.spec)
+        check_claim(spec, job.data, place.settings, marked=bool(place.artifacts.mark))
+        named = {key: name for key, name in spec.data_sets().items() if key not in ("final_path", "regression")}
+        paths = _fetched(place, named, job.data)
+    except (JobNotFound, ValidationError, Refused, ArtifactError) as error:
+        log.warning("what job %s was trained on is not at hand: %s", job_id, error)
+        return Taught(job_id=job_id)
+    return Taught(job_id=job_id, dataset=spec.dataset, paths=paths)
 
 
 def _require_space(place: Workplace, folder: Path, needed: int) -> None:

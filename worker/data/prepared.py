@@ -6,12 +6,12 @@ import functools
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loractl.common.data.examples import Example
+from loractl.common.data.examples import Example, Examples
 from loractl.common.data.fields import Reading
 from loractl.common.data.findings import label_shares
 from loractl.common.data.formats import detect_format, labels_of, parse_examples
@@ -20,8 +20,9 @@ from loractl.common.errors import DataError
 from loractl.common.job.identity import data_digest
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 from loractl.common.job.slices import held_out_split
+from loractl.common.verdict import RESEMBLE
 
-from .origin import load_pinned
+from .origin import load_pinned, load_rows
 from .token_rows import TokenRows
 from .token_set import RowTokenizer, TokenSet, fit_examples
 
@@ -36,6 +37,7 @@ class FinalRows:
     repeated: int = 0
     leaks: tuple[str, ...] = ()  # as for the held-out rows
     given_away: tuple[int, ...] = ()
+    resemble: str = RESEMBLE
     read_off: str = ""
 
 
@@ -60,6 +62,7 @@ class PreparedData:
     warnings: tuple[str, ...] = ()  # what looks wrong but is used for training
     leaks: tuple[str, ...] = ()  # those about what held-out rows have in common with rows to train on
     given_away: tuple[int, ...] = ()  # numbers of held-out examples that a row to train on gives away
+    resemble: str = RESEMBLE  # the same in a verdict's words: an adapter before this one may have learned them
     read_off: str = ""  # a clause: how most held-out answers can be told without reading what is asked; else empty
     final: FinalRows | None = None
     packed: TokenRows | None = None  # the rows to train on, several examples in each
@@ -90,6 +93,7 @@ class PreparedData:
             held_out_examples=final.examples,
             leaks=final.leaks,
             given_away=final.given_away,
+            resemble=final.resemble,
             read_off=final.read_off,
             regression=None,
             final=None,
@@ -239,6 +243,16 @@ def prepare_data(
         label_names=label_names,
         commits={key: commit for key, commit in commits.items() if commit},
     )
+
+
+def rows_taught(dataset: DatasetSpec, paths: Mapping[str, str]) -> Examples:
+    """The rows that a job trained on, before those that were too long are left out. `paths`: of its data sets, by the
+    names of JobSpec.data_sets. Raises DataError, TrainingFailed."""
+    keys = ["path", *(f"more.{number}" for number in range(len(dataset.more)))]
+    rows = [load_rows(paths[key], source.split) for key, source in zip(keys, dataset.sources, strict=True)]
+    held = paths.get("eval_path")
+    held_rows = load_rows(held, held_out_split(held, dataset.eval_split)) if held else None
+    return split_data(dataset, rows[0], held_rows, rows[1:]).train
 
 
 def _only(tokens: TokenSet, examples: Sequence[Example]) -> TokenSet:

@@ -20,7 +20,7 @@ from loractl.common.job.sections import DataFormat
 from loractl.common.job.spec import JobSpec
 from loractl.common.text import signed
 from loractl.common.units import amount, duration, gib, thousands
-from loractl.common.verdict import RIGHT, answer_groups, badge, chose_step, report_verdict, rights, written
+from loractl.common.verdict import RESEMBLE, RIGHT, answer_groups, badge, chose_step, report_verdict, rights, written
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.protocol.messages import Peaks, Start
 from loractl.worker.protocol.versions import installed_versions
@@ -145,6 +145,7 @@ def build_report(
                     [*last.doubts("final"), *_unmeasured(final)],
                     "final",
                     final.given_away,
+                    resemble=last.resemble,
                     read_off=last.read_off,
                     texts=data.format is DataFormat.TEXT,
                 ),
@@ -166,6 +167,7 @@ def build_report(
             evaluation.against,
             [*_chosen(spec, course), *data.doubts(), *_unmeasured(evaluation)],
             given_away=evaluation.given_away,
+            resemble=data.resemble,
             read_off=data.read_off,
             texts=data.format is DataFormat.TEXT,
         ),
@@ -205,13 +207,16 @@ def verdict(
     rows: str = "held-out",
     given_away: int = 0,
     *,
+    resemble: str = RESEMBLE,
     read_off: str = "",
     texts: bool = False,
 ) -> dict[str, str]:
     """What the comparison with `base` says: `reading`, `why`, `short`, `sentence`, and `aside`, what else got worse and
     what is known to be wrong with the measured rows."""
     told = [metric.as_json() for metric in metrics]
-    return dict(vars(report_verdict(told, base, doubts, rows, given_away, read_off=read_off, texts=texts)))
+    return dict(
+        vars(report_verdict(told, base, doubts, rows, given_away, resemble=resemble, read_off=read_off, texts=texts))
+    )
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method, Parallel
+from loractl.common.job.sections import DatasetSpec
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
 
@@ -39,6 +40,16 @@ class Peaks(BaseModel):
         return Peaks(**{**peaks, "held": newer.held})
 
 
+class Taught(BaseModel):
+    """What the adapter of an earlier job was trained on."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    job_id: int
+    dataset: DatasetSpec | None = None  # None: it is not stored any more
+    paths: dict[str, str] = Field(default_factory=dict)  # local files and hub ids, by the names of JobSpec.data_sets
+
+
 class Ancestor(BaseModel):
     """A stored adapter from which a training starts, on this box's disk."""
 
@@ -48,10 +59,11 @@ class Ancestor(BaseModel):
     job_id: int
     name: str
     sha256: str  # of its weights
+    taught: list[Taught] = Field(default_factory=list)  # its own rows, then those of the adapters before it
 
     def lineage(self) -> dict[str, int | str]:
         """What the new adapter's files record about it."""
-        return self.model_dump(exclude={"path"})
+        return self.model_dump(exclude={"path", "taught"})
 
 
 class KnownFile(BaseModel):

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from loractl.common.data.examples import Example, Examples
+from loractl.common.data.findings import number_rows
 from loractl.common.data.giveaway import READ_OFF, Giveaway
 from loractl.common.data.inspection import Leaks
+from loractl.common.errors import DataError
 from loractl.common.job.spec import JobSpec
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.data.check import findings_about
 from loractl.worker.data.packing import packed
-from loractl.worker.data.prepared import PreparedData, prepare_data, prepare_regression
+from loractl.worker.data.prepared import FinalRows, PreparedData, prepare_data, prepare_regression, rows_taught
 from loractl.worker.data.row_forms import with_prompts
-from loractl.worker.protocol.messages import Start
+from loractl.worker.protocol.messages import Start, Taught
+
+from .kinds import trained_kind
+
+BEFORE_ALONE = "resemble rows that the adapter before it was trained on"
+BEFORE = "resemble rows that it, or the adapter before it, was trained on"
+
+Side = TypeVar("Side", PreparedData, FinalRows)
 
 
 def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
@@ -42,7 +54,48 @@ def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
         data = replace(data, final=replace(data.final, **_told(of_final), read_off=_read_off(data)))
     told = _told(leaks)
     told["leaks"] += tuple(finding.text for finding in found if finding.kind in READ_OFF)
-    return packed(replace(data, warnings=warnings, read_off=giveaway.read_off, **told), spec)
+    data = replace(data, warnings=warnings, read_off=giveaway.read_off, **told)
+    if order.init_from is not None and not trained_kind(spec).from_ancestor:
+        data = _after(data, order.init_from.taught)
+    return packed(data, spec)
+
+
+def _after(data: PreparedData, lessons: Sequence[Taught]) -> PreparedData:
+    """The data, knowing which of the rows to measure on were learned by adapters before this one: the bare base, with
+    which it is compared, does not know them."""
+    own, rows, lost = {example.digest() for example in data.train_examples}, list[Examples](), list[str]()
+    for taught in lessons:
+        try:
+            every = None if taught.dataset is None else rows_taught(taught.dataset, taught.paths)
+        except (DataError, TrainingFailed):
+            every = None
+        if every is None:
+            lost.append(str(taught.job_id))
+        else:
+            rows.append(every.part(place for place, one in enumerate(every.digests) if one not in own))
+    jobs = " or ".join(str(taught.job_id) for taught in lessons if str(taught.job_id) not in lost)
+    unknown = [f"what job {job} was trained on, before this one, is not known" for job in lost]
+    warnings = list(data.warnings) + unknown
+
+    def knowing(side: Side, examples: Sequence[Example], called: str) -> Side:
+        look = Leaks(examples)
+        for some in rows:
+            look.see_all(some)
+        text = f"{{n}} {called} {{is|are}} like rows that job {jobs} was trained on, before this one"
+        known: list[int] = look.rows
+        told: list[str] = [number_rows(text, len(known))] if known else []
+        warnings.extend(told)
+        return replace(
+            side,
+            leaks=(*side.leaks, *told, *unknown),
+            given_away=tuple(sorted({*side.given_away, *known})),
+            resemble=(BEFORE if side.given_away else BEFORE_ALONE) if known else side.resemble,
+        )
+
+    data = knowing(data, data.held_out_examples, "held out")
+    if data.final is not None:
+        data = replace(data, final=knowing(data.final, data.final.examples, "of the final ones"))
+    return replace(data, warnings=tuple(warnings))
 
 
 def _read_off(data: PreparedData) -> str:
