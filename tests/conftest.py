@@ -33,7 +33,7 @@ from loractl.common.store.store import Store
 from loractl.worker.attempt.order import ONE_HEAP
 
 from . import services, warm
-from .databases import OPEN_LAB, KeptDatabase, database, make_template
+from .databases import OPEN_LAB, KeptDatabase, database, fill, make_template
 from .models import make_tiny_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: what a test wants of a hub, it asks of its own
@@ -181,6 +181,13 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
     """A fresh, empty database."""
     with database(postgres_server) as url:
         yield url
+
+
+@pytest.fixture
+def upgraded_postgres(postgres_server: str, postgres_url: str) -> str:
+    """The same database, upgraded."""
+    fill(postgres_server, postgres_url)
+    return postgres_url
 
 
 @pytest.fixture

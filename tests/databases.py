@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Connection, NullPool, create_engine, text
+from sqlalchemy import Connection, NullPool, create_engine, make_url, text
 
 from loractl.common.store.database import make_engine
 from loractl.common.store.entrance import invite
@@ -45,11 +45,22 @@ def database(server: str, template: str = "template1") -> Iterator[str]:
     name = f"test_{os.getpid()}_{next(_numbers)}"
     admin = create_engine(psycopg_url(server), isolation_level="AUTOCOMMIT")
     with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY"))
+        connection.execute(text(_COPY.format(name, template)))
     yield _url(server, name)
     with admin.connect() as connection:
         connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
     admin.dispose()
+
+
+def fill(server: str, url: str) -> None:
+    """Put a copy of UPGRADED in the place of an empty database."""
+    name = make_url(url).database
+    with _admin(server) as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+        connection.execute(text(_COPY.format(name, UPGRADED)))
+
+
+_COPY = "CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY"
 
 
 @contextlib.contextmanager

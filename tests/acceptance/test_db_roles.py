@@ -34,11 +34,9 @@ def owner(postgres_url: str) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def lab(make_cli: Callable[..., Cli], owner: Engine, postgres_url: str) -> Cli:
+def lab(make_cli: Callable[..., Cli], upgraded_postgres: str) -> Cli:
     """The owner's command line on upgraded tables."""
-    cli = make_cli(LORACTL_DATABASE_URL=postgres_url)
-    cli("db", "upgrade")
-    return cli
+    return make_cli(LORACTL_DATABASE_URL=upgraded_postgres)
 
 
 def is_password_of(owner: Engine, name: str, password: str) -> bool:

@@ -16,8 +16,8 @@ from sqlalchemy import create_engine, make_url, text
 from loractl import __version__
 from loractl.common.artifacts import MARK
 from loractl.common.settings import load_settings
-from loractl.common.store.database import connect, make_engine
-from loractl.common.store.schema import HEAD, upgrade
+from loractl.common.store.database import connect
+from loractl.common.store.schema import HEAD
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 
@@ -166,20 +166,17 @@ def test_boxes_of_other_versions_silent_ones_and_closed_cards_are_named(cli: Cli
 
 
 def test_a_clock_that_is_off_a_database_that_only_reads_and_one_of_the_future(
-    make_cli: Callable[..., Cli], postgres_url: str, tmp_path: Path
+    make_cli: Callable[..., Cli], upgraded_postgres: str, tmp_path: Path
 ) -> None:
-    engine = make_engine(postgres_url)
-    upgrade(engine)
-    engine.dispose()
-    cli = make_cli(LORACTL_DATABASE_URL=postgres_url, LORACTL_ARTIFACTS_URL=tmp_path.as_uri())
-    name = make_url(postgres_url).database
+    cli = make_cli(LORACTL_DATABASE_URL=upgraded_postgres, LORACTL_ARTIFACTS_URL=tmp_path.as_uri())
+    name = make_url(upgraded_postgres).database
     works, unknown = checks(cli, "--check", "store")["store"]
     assert (works["level"], unknown["level"]) == ("ok", "warning") and "does not know the lab's store" in unknown[
         "sentence"
     ]
     cli("lab", "adopt-store")
     assert len(checks(cli, "--check", "store")["store"]) == 1
-    owner = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    owner = create_engine(upgraded_postgres, isolation_level="AUTOCOMMIT")
     with owner.connect() as connection:
         for statement in (
             "CREATE SCHEMA late",

@@ -144,7 +144,7 @@ def test_a_kill_in_the_middle_of_giving_way_loses_neither_job(lab: Lab, moment: 
 
 @pytest.mark.long
 @pytest.mark.cold
-@pytest.mark.parametrize("lab", ["postgres_url"], indirect=True)
+@pytest.mark.parametrize("lab", ["upgraded_postgres"], indirect=True)
 @pytest.mark.parametrize("away_s", [1.0, 2.5 * LEASE_S])
 def test_a_database_that_is_away_while_a_job_gives_way_costs_nothing(
     lab: Lab, postgres_server: str, away_s: float
@@ -171,7 +171,7 @@ def test_a_database_that_is_away_while_a_job_gives_way_costs_nothing(
 
 
 @pytest.mark.cold
-@pytest.mark.parametrize("lab", [pytest.param("postgres_url", marks=pytest.mark.long)], indirect=True)
+@pytest.mark.parametrize("lab", [pytest.param("upgraded_postgres", marks=pytest.mark.long)], indirect=True)
 def test_of_two_boxes_on_postgresql_jobs_yield_and_go_on_on_either(lab: Lab) -> None:
     shorts = [short_one(lab, steps=40) for _ in range(3)]
     for box in ("heron", "owl"):

@@ -38,7 +38,7 @@ def test_all_of_redis_can_be_wiped_at_any_moment(lab: Lab, home: Path) -> None:
     assert sorted(row["job_id"] for row in json.loads(lab.cli("status", "-a", "--json").stdout)) == jobs
 
 
-@pytest.mark.parametrize("lab", ["postgres_url"], indirect=True)
+@pytest.mark.parametrize("lab", ["upgraded_postgres"], indirect=True)
 def test_a_database_that_is_away_or_only_reads_for_longer_than_a_lease_costs_nothing(
     lab: Lab, home: Path, postgres_server: str
 ) -> None:

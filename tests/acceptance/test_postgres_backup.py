@@ -42,10 +42,9 @@ def second(postgres_url: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def first(postgres_url: str) -> Iterator[Store]:
+def first(upgraded_postgres: str) -> Iterator[Store]:
     """A lab in which one job runs, one waits and one has ended, with a history that has odd words."""
-    engine = make_engine(postgres_url)
-    upgrade(engine)
+    engine = make_engine(upgraded_postgres)
     store = Store(engine)
     store.jobs.submit(submission(name="ended"))
     claim = take(store)

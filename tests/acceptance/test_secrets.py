@@ -19,8 +19,6 @@ import pytest
 from sqlalchemy import MetaData, create_engine, select
 
 from loractl.common.queue.valkey import server_binary
-from loractl.common.store.database import make_engine
-from loractl.common.store.schema import upgrade
 
 from .. import services, warm
 from ..conftest import Cli
@@ -84,11 +82,8 @@ def known() -> dict[str, str]:
 
 
 @pytest.fixture
-def lab(known: dict[str, str], make_cli: Callable[..., Cli], postgres_url: str, tmp_path: Path) -> Iterator[Lab]:
+def lab(known: dict[str, str], make_cli: Callable[..., Cli], upgraded_postgres: str, tmp_path: Path) -> Iterator[Lab]:
     """PostgreSQL, Valkey and S3, each behind a secret; the services themselves are given it by file or variable."""
-    engine = make_engine(postgres_url)
-    upgrade(engine)
-    engine.dispose()
     (tmp_path / "valkey").mkdir()
     (tmp_path / "s3" / "loractl").mkdir(parents=True)
     redis, s3 = services.free_port(), services.free_port()
@@ -101,7 +96,7 @@ def lab(known: dict[str, str], make_cli: Callable[..., Cli], postgres_url: str, 
     with (
         services.running([str(server_binary()), str(tmp_path / "valkey" / "conf")], redis),
         services.running([*serve, "--vfs-cache-mode", "off"], s3, RCLONE_AUTH_KEY=keys),
-        logins(postgres_url, known["database"]) as roles,
+        logins(upgraded_postgres, known["database"]) as roles,
     ):
         cli = make_cli(
             LORACTL_DATABASE_URL=roles.person,

@@ -15,7 +15,6 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect, make_engine
-from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt.storage.client import StoreClient
@@ -45,12 +44,9 @@ def _settle() -> None:
 
 
 @pytest.fixture
-def lab(postgres_url: str) -> Iterator[Logins]:
+def lab(upgraded_postgres: str) -> Iterator[Logins]:
     """A database with the roles of a lab, and a login of a person and of a box."""
-    engine = make_engine(postgres_url)
-    upgrade(engine)
-    engine.dispose()
-    with logins(postgres_url) as made:
+    with logins(upgraded_postgres) as made:
         yield made
 
 

@@ -28,10 +28,9 @@ ENTER = "SELECT loractl_lab.enter('x', NULL)"
 
 
 @pytest.fixture
-def owner(alone_inviting: None, postgres_url: str) -> Iterator[Engine]:
+def owner(alone_inviting: None, upgraded_postgres: str) -> Iterator[Engine]:
     """The owner of tables that are there, with roles; logins of this test go at its end."""
-    engine = make_engine(postgres_url)
-    upgrade(engine)
+    engine = make_engine(upgraded_postgres)
     apply_roles(engine)
     yield engine
     with engine.begin() as connection:

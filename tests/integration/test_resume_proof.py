@@ -32,7 +32,6 @@ from loractl.common.memory.fit import MemoryPlan
 from loractl.common.settings import TRAINER, load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, NodeState, Submission
-from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.storage.client import StoreClient
@@ -147,9 +146,8 @@ class Lab:
 
 
 @pytest.fixture
-def lab(tmp_path: Path) -> Any:
-    clock, engine = Clock(), make_engine(f"sqlite:///{tmp_path / 'lab.db'}")
-    upgrade(engine)
+def lab(sqlite_template: Path, tmp_path: Path) -> Any:
+    clock, engine = Clock(), make_engine(f"sqlite:///{shutil.copy(sqlite_template, tmp_path / 'lab.db')}")
     settings = load_settings({"LORACTL_HOME": str(tmp_path / "lab")})
     yield Lab(tmp_path, clock, Store(engine, clock), open_store(settings))
     engine.dispose()

@@ -50,9 +50,9 @@ ASKED = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def no_tasks_of_others() -> None:
-    """asyncio reports tasks that nobody awaited once they are collected: those of other tests before ours begin."""
+    """asyncio reports tasks that nobody awaited once they are collected: those of other files before ours begin."""
     gc.collect()
 
 
