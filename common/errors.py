@@ -220,10 +220,11 @@ class SchemaMismatch(LoractlError):
     """The database's schema is not the one that this loractl knows."""
 
     def __init__(self, revision: str | None, wanted: str, *, what: str = "the database") -> None:
-        older = "has no loractl tables yet" if revision is None else f"is at revision {revision}"
+        there = "has no loractl tables yet" if revision is None else f"is at revision {revision}"
+        newer = revision is not None and revision > wanted
         super().__init__(
-            f"{what} {older}, this loractl needs revision {wanted}",
-            "run loractl db upgrade; if the database is the newer one, upgrade loractl instead",
+            f"{what} {there}, this loractl needs revision {wanted}",
+            "upgrade loractl on this machine, then start it again" if newer else "run loractl db upgrade",
         )
 
 

@@ -22,6 +22,7 @@ from loractl.common.errors import (
     Forbidden,
     LoractlError,
     NotYours,
+    SchemaMismatch,
     ServiceRefused,
     ServiceUnreachable,
     UsageError,
@@ -63,8 +64,9 @@ def _mount(line: str) -> tuple[Path, str]:
 DatabaseError = DBAPIError
 """What a database driver raises, by the name under which other rooms catch it."""
 
-REFUSALS = (SQLAlchemyError, Forbidden, ValueRefused, OverflowError, UnicodeError)
-"""All that a verb of the store may raise because of the database: it is away (see `outage`), or it refuses values."""
+REFUSALS = (SQLAlchemyError, Forbidden, ValueRefused, SchemaMismatch, OverflowError, UnicodeError)
+"""All that a verb of the store may raise because of the database: it is away (see `outage`), it refuses values, or its
+tables are another version's."""
 
 SQLITE_BUSY_MS, SQLITE_READER_MS = 30_000, 2_000
 """How long to wait for a lock of SQLite's; while a reader waits, somebody looks at a page."""
@@ -100,7 +102,7 @@ _PASSING = (_READ_ONLY, "40", "53", LOCK_NOT_FREE, "57")
 Rolled back (a deadlock), short of resources, a lock that was not free, stopped by an operator or a time limit.
 """
 _TOO_LARGE = "54"  # the statement exceeds a limit of the server
-_TOO_MANY = ("number of parameters must be between", "too many SQL variables")  # the driver's words, without a state
+_TOO_MANY = "number of parameters must be between"  # the driver's words, without a state
 
 
 def connect_to_read(settings: Settings) -> Engine:
@@ -204,13 +206,25 @@ def outage(error: BaseException) -> str | None:
         return "the connection was lost in the middle of a transaction"
     if not isinstance(error, DBAPIError):
         return None
-    if any(words in str(error.orig) for words in _TOO_MANY):
-        return None
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    if code == sqlite3.SQLITE_ERROR or _TOO_MANY in str(error.orig):
+        return None  # it can't do what the statement says
     state = getattr(error.orig, "sqlstate", None) or ""
     passing = isinstance(error, (OperationalError, InterfaceError, InternalError)) or state.startswith(_PASSING)
+    passing = passing or code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
     if not (error.connection_invalidated or passing) or state.startswith(_TOO_LARGE):
         return None
     return told_by(error) or "no answer"
+
+
+def names_nothing(error: BaseException) -> bool:
+    """Whether a statement names a table, column or function that is not there."""
+    driver = getattr(error, "orig", None)
+    return getattr(driver, "sqlstate", None) in _NOT_THERE or any(words in str(driver) for words in _NOT_IN_SQLITE)
+
+
+_NOT_THERE = ("42P01", "42703", "42883")
+_NOT_IN_SQLITE = ("no such table", "no such column", "no such function", "has no column named")
 
 
 def told_by(error: BaseException) -> str:

@@ -40,6 +40,12 @@ def revision(engine: Engine) -> str | None:
         return None if number is None else str(number)
 
 
+def require_own(engine: Engine) -> None:
+    """Raises SchemaMismatch for tables of another version: they may go on under a process that runs."""
+    if (found := revision(engine)) != HEAD:
+        raise mismatch(found)
+
+
 def upgrade(engine: Engine) -> tuple[str | None, str]:
     """Migrate to HEAD; returns the revision before and after. Several processes may call it at once.
 

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 
 from loractl.common.settings import LEASE_S
 
-from .schema import revision
+from .schema import require_own, revision
 from .transaction import Transaction
 from .verbs import (
     AdapterVerbs,
@@ -59,3 +59,7 @@ class Store:
     def revision(self) -> str | None:
         """The tables' revision; None for a database without loractl's tables."""
         return revision(self.engine)
+
+    def require_own_tables(self) -> None:
+        """Raises SchemaMismatch once the tables are another version's."""
+        require_own(self.engine)

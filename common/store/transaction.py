@@ -23,8 +23,11 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from loractl.common.errors import SchemaMismatch
+
 from .columns import UtcDateTime
-from .database import outage
+from .database import names_nothing, outage
+from .schema import require_own
 from .tables import Base, Event, Lock
 
 log = logging.getLogger("loractl.common.store")
@@ -67,19 +70,33 @@ class Transaction:
         self, engine: Engine, *, clock: Callable[[], dt.datetime] | None, lease_s: float, read_only: bool
     ) -> None:
         self.lease_s = lease_s
-        self._dialect = engine.dialect.name
+        self._engine, self._dialect = engine, engine.dialect.name
         self._clock = clock
         self.session = Session(engine.execution_options(read_only=read_only), expire_on_commit=False)
 
     def __enter__(self) -> Transaction:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: object) -> None:
+        """Raises SchemaMismatch where a statement was refused because the tables are another version's by now."""
         try:
-            if kind is None:
+            if error is None:
                 self._commit()
+        except DBAPIError as refused:
+            error = refused
+            raise
         finally:
             self.session.close()
+            if isinstance(error, DBAPIError) and outage(error) is None:
+                self._require_own_tables(error)
+
+    def _require_own_tables(self, error: DBAPIError) -> None:
+        try:
+            require_own(self._engine)
+        except SchemaMismatch as mismatch:
+            raise mismatch from error
+        except DBAPIError:
+            log.debug("the revision can't be read either")
 
     def _commit(self) -> None:
         try:
@@ -157,13 +174,13 @@ class Transaction:
     def apart(self, job_id: int, work: Callable[[], None]) -> bool:
         """Do what concerns one job alone. If that fails it is undone, and the rest of the transaction continues.
 
-        False then. Raises when the database is away.
+        False then. Raises when the database is away, or its tables are another version's.
         """
         try:
             with self.session.begin_nested():
                 work()
         except Exception as error:
-            if outage(error) is not None:
+            if outage(error) is not None or names_nothing(error):
                 raise
             log.exception("job %s is passed over", job_id)
             return False

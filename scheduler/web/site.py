@@ -57,8 +57,8 @@ class KeptPage:
 class Site:
     """Draws pages, and keeps each for a moment."""
 
-    def __init__(self, store: Store, pages: Pages, exporter: Exporter) -> None:
-        self._store, self._pages, self._exporter = store, pages, exporter
+    def __init__(self, pages: Pages, exporter: Exporter) -> None:
+        self._pages, self._exporter = pages, exporter
         self._lock = threading.Lock()
         self._drawing: dict[str, threading.Lock] = {}
         self._kept: OrderedDict[str, KeptPage] = OrderedDict()
@@ -102,7 +102,7 @@ class Site:
             drawn, status = draw(), 200
             main = render(drawn.template, **drawn.values)
         except Exception as error:  # noqa: BLE001  a page says what happened, whatever it was; the log has the rest
-            sentence, hint, status = told(error, self._store)
+            sentence, hint, status = told(error)
             drawn = page_of(sentence, hint)
             main = render(drawn.template, **drawn.values)
         body = render("page.jinja", main=main, title=drawn.title, section=drawn.section, version=__version__)
@@ -134,7 +134,7 @@ class Site:
             return self._plain(error)
 
     def _plain(self, error: Exception) -> Response:
-        sentence, _, status = told(error, self._store)
+        sentence, _, status = told(error)
         return PlainTextResponse(f"{sentence}\n", status)
 
 
@@ -164,7 +164,7 @@ def _static(request: Request) -> Response:
 
 def make_site(store: Store, shelf: ReportShelf, access: Access) -> Any:
     """The ASGI application: every page behind the guard."""
-    site = Site(store, Pages(store, shelf), Exporter(store))
+    site = Site(Pages(store, shelf), Exporter(store))
 
     def numbered(draw: Callable[[Pages, Asked, int], Drawn]) -> Callable[[Request], Response]:
         return site.page(lambda pages, request: draw(pages, Asked(request.query_params), _number(request)))

@@ -188,7 +188,7 @@ def test_a_clock_that_is_off_a_database_that_only_reads_and_one_of_the_future(
         clock = checks(cli)["clock"][0]
         assert clock["level"] == "warning" and "is 3 min ahead of the database's" in clock["sentence"]
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-        assert "upgrade loractl instead" in checks(cli, code=1)["revision"][0]["hint"]
+        assert "upgrade loractl on this machine" in checks(cli, code=1)["revision"][0]["hint"]
         connection.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
         found = checks(cli, code=1)
         assert "only reads" in found["database"][0]["sentence"] and levels(found)["clock"] == "skipped"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from loractl.common.errors import SchemaMismatch
 from loractl.common.job.status import Reason, Stage
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.records import Beat
@@ -164,6 +165,8 @@ def _beat_alone(place: Workplace, attempt: SupervisedAttempt, error: BaseExcepti
 
     None: the lease was not extended.
     """
+    if isinstance(error, SchemaMismatch):
+        return None  # the monitor says so, and lets the job give its card back
     if (why := outage(error)) is None:
         log.warning("job %s: the database refused a heartbeat: %s", attempt.claim.job_id, told_by(error))
         attempt.turn()

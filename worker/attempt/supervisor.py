@@ -14,7 +14,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from loractl.common.errors import ArtifactError, LoractlError, NotStorable, ResultTaken, ServiceUnreachable, WrongStore
+from loractl.common.errors import (
+    ArtifactError,
+    LoractlError,
+    NotStorable,
+    ResultTaken,
+    SchemaMismatch,
+    ServiceUnreachable,
+    WrongStore,
+)
 from loractl.common.job.status import KEEPING, Reason, Stage, Status
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.records import Progress, StoredResult
@@ -93,7 +101,12 @@ def _finish(
 
 
 def _refused(attempt: SupervisedAttempt, error: BaseException) -> str:
-    """Why the database refuses the last write. Raises the error if it is down: then nothing was refused."""
+    """Why the database refuses the last write. Raises the error if it is down, or if the tables are another version's:
+    then it is nothing in this write."""
+    if isinstance(error, SchemaMismatch):
+        what = "once its lease ends, a worker of that revision goes on from the last stored checkpoint"
+        log.warning("job %s: %s; %s", attempt.claim.job_id, error.sentence, what)
+        raise error
     if outage(error) is not None:
         raise error
     log.error("job %s: the database refused its last write: %s", attempt.claim.job_id, told_by(error))
@@ -225,7 +238,7 @@ def _explain(error: Exception) -> tuple[Reason, str]:
         return reason, f"{error.strerror or error}: {error.filename or ''}".strip(": ")
     if isinstance(error, NotStorable):  # the next attempt would leave the same
         return Reason.BAD_SPEC, error.sentence
-    if isinstance(error, WrongStore):  # nobody's failure that the job or its retries would answer for
+    if isinstance(error, (WrongStore, SchemaMismatch)):  # nobody's failure that the job or its retries would answer for
         return Reason.DRAINED, error.sentence
     if isinstance(error, (ArtifactError, ServiceUnreachable)):
         return Reason.STORE_FAILED, error.sentence

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from loractl.common.errors import LoractlError
+from loractl.common.errors import LoractlError, SchemaMismatch
 from loractl.common.queue.hints import wake_cards
 from loractl.common.settings import Settings
 from loractl.common.store.store import Store
@@ -36,6 +36,7 @@ class Drain:
         self.grace_s = grace_s
         self._lock = threading.RLock()  # a signal handler asks, in whatever the main thread does at that moment
         self._asked: Wish | None = None
+        self._mismatch: SchemaMismatch | None = None
         self._ordered = False
         self._alone = False
 
@@ -44,6 +45,11 @@ class Drain:
         with self._lock:
             if self._asked is None or how == "now":
                 self._asked = how
+
+    def leave(self, mismatch: SchemaMismatch) -> None:
+        """The tables are another version's: this worker can't serve them any more."""
+        self._mismatch = mismatch
+        self.ask("checkpoint")
 
     def end_alone(self) -> None:
         """The coming stop is only this node's: its worker starts another, and the nodes of other cards continue."""
@@ -57,6 +63,11 @@ class Drain:
     def asked(self) -> Wish | None:
         """What the worker wants, whatever people have ordered."""
         return self._asked
+
+    @property
+    def mismatch(self) -> SchemaMismatch | None:
+        """Why the tables can't be served any more, if that ends the worker."""
+        return self._mismatch
 
     @property
     def alone(self) -> bool:

@@ -11,7 +11,7 @@ import threading
 import time
 
 from loractl.common.channels import Channel
-from loractl.common.errors import ServiceUnreachable
+from loractl.common.errors import SchemaMismatch, ServiceUnreachable
 from loractl.common.settings import Settings
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.records import Delivery
@@ -84,7 +84,7 @@ class Messenger:
         """Whether a message was tried, so that the next one follows at once. No failure here ends the node."""
         try:
             return self.send_due()
-        except ServiceUnreachable as error:
+        except (ServiceUnreachable, SchemaMismatch) as error:
             log.debug("%s", error.sentence)  # the monitor says so, too
         except REFUSALS as error:
             if outage(error) is None:

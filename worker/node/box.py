@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from loractl.common.errors import ExitCode, LoractlError
+from loractl.common.errors import ExitCode, LoractlError, SchemaMismatch
 from loractl.common.placement.cards import TimeLeft
 from loractl.common.placement.lines import served_classes
 from loractl.common.queue.valkey import broker_url, embedded_runs, stop_unused
@@ -187,6 +187,8 @@ class Box:
             if drain_when_idle:
                 try:
                     idle = idle + 1 if self._nothing_left() else 0
+                except SchemaMismatch:
+                    pass  # the nodes say so, and end
                 except REFUSALS as error:
                     click.echo(f"The database does not answer: {told_by(error)}", err=True)
         return False
@@ -265,7 +267,7 @@ class Box:
                 continue
             served = served_by(self._settings, device) == process.pid
             self._failures[number] = 0 if served else self._failures[number] + 1
-            if process.returncode == os.EX_NOPERM:  # this login may not serve: another start would fail too
+            if process.returncode == os.EX_NOPERM:  # this login, or this version, may not serve
                 click.echo(f"Error: node {number} is refused; see above.", err=True)
                 self._failures[number] = NODE_TRIES + 1
             if self._failures[number] == NODE_TRIES:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from loractl.common.errors import ArtifactError, ServiceUnreachable
+from loractl.common.errors import ArtifactError, SchemaMismatch, ServiceUnreachable
 from loractl.common.placement.lines import VRAM_CLASSES, served_classes
 from loractl.common.queue.hints import HintQueues, card_queue, queue_name
 from loractl.common.settings import pace_of
@@ -127,6 +127,7 @@ class Monitor:
                 self._try("the look", lambda: self._look(slots))
             if now >= next_round:
                 next_round = now + ROUND_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  it only spreads nodes
+                self._try("the tables", self._place.store.require_own_tables)
                 self._try("the round", lambda: self._go_round(slots))
                 self._try("the fleet's round", self._tend_fleet, vital=False)
                 self._try("planning again", self._plan_anew, vital=False)
@@ -145,6 +146,8 @@ class Monitor:
             work()
         except ServiceUnreachable as error:
             log.warning("%s", error.sentence)
+        except SchemaMismatch as error:
+            self._leave(error)
         except REFUSALS as error:
             if (why := outage(error)) is not None:
                 log.warning("%s", absence(why))
@@ -159,6 +162,14 @@ class Monitor:
                 os.kill(os.getpid(), signal.SIGTERM)
             return
         self._failures[what] = 0
+
+    def _leave(self, mismatch: SchemaMismatch) -> None:
+        """End the node: what this version reads and writes may mean something else in these tables."""
+        if self._place.drain.mismatch is None:
+            what = "claims nothing more, and ends once its jobs have saved a checkpoint"
+            log.error("%s: %s %s", mismatch.sentence, self._place.node, what)
+            self._place.drain.leave(mismatch)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _look(self, slots: Slots) -> None:
         self.report()

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import IO, Any
 
-from loractl.common.errors import Forbidden, LoractlError, NameTaken
+from loractl.common.errors import Forbidden, LoractlError, NameTaken, SchemaMismatch
 from loractl.common.placement.cards import default_max_jobs
 from loractl.common.placement.lines import VRAM_CLASSES
 from loractl.common.queue.app import make_app
@@ -92,7 +92,7 @@ class DeviceNode:
         )
 
     def serve(self) -> None:
-        """Consume until told to stop, then wait for the running jobs. Blocks."""
+        """Consume until told to stop, then wait for the running jobs. Blocks. Raises SchemaMismatch, NameTaken."""
         # imported before the first message, which must be answered in milliseconds: a claim reads a spec
         from celery import signals
         from celery.platforms import SecurityWarning
@@ -125,6 +125,8 @@ class DeviceNode:
             self._shut_down()
             self.end()
             self._lock.close()
+        if (mismatch := self._place.drain.mismatch) is not None:
+            raise mismatch
 
     def begin(self) -> None:
         """Start the threads. They find waiting jobs even without messages."""
@@ -329,4 +331,4 @@ def main() -> None:
         DeviceNode(place_of(settings, device, options, drain), options).serve()
     except LoractlError as error:
         log.error("%s\nHint: %s", error.sentence, error.hint)
-        sys.exit(os.EX_NOPERM if isinstance(error, Forbidden) else error.exit_code)
+        sys.exit(os.EX_NOPERM if isinstance(error, (Forbidden, SchemaMismatch)) else error.exit_code)

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection
 
+from loractl.common.errors import SchemaMismatch
 from loractl.common.store.database import absence, outage
 from loractl.common.store.records import Claim, Left
 from loractl.worker.attempt.attempt import SupervisedAttempt, begin
@@ -183,7 +184,9 @@ class Slots:
                 self._take_jobs(slot, calls)
             except Exception as error:
                 # if a slot ended silently, the node would look healthy but take no jobs
-                if (why := outage(error)) is None:
+                if isinstance(error, SchemaMismatch):
+                    log.debug("%s", error.sentence)  # the monitor says so, and ends the node
+                elif (why := outage(error)) is None:
                     log.exception("slot %s failed; it looks again when it is woken", slot)
                 else:
                     log.warning("%s", absence(why))

@@ -172,7 +172,7 @@ def test_a_database_that_is_newer_than_the_code_is_left_alone(database_url: str,
     with pytest.raises(SchemaMismatch, match=f"is at revision 9999, this loractl needs revision {HEAD}") as caught:
         upgrade(engine)
     assert caught.value.hint is not None
-    assert "upgrade loractl instead" in caught.value.hint
+    assert "upgrade loractl on this machine" in caught.value.hint
     with pytest.raises(SchemaMismatch):
         connect(settings_for(database_url, tmp_path))
     assert revision(engine) == "9999"
