@@ -32,7 +32,7 @@ from loractl.common.errors import (
 from loractl.common.settings import OWN_HOME, Settings, make_private, redacted
 
 from .columns import write_json
-from .schema import HEAD, OLDEST, mismatch, revision, upgrade
+from .schema import HEAD, OLDEST, mismatch, require_unserved, revision, upgrade
 
 MOUNTS = Path("/proc/self/mountinfo")
 
@@ -131,7 +131,7 @@ def connect(settings: Settings, *, check_schema: bool = True) -> Engine:
     """An engine for the database of `settings`.
 
     The embedded SQLite is created and upgraded on the way; another database is only checked.
-    Raises ServiceUnreachable, SchemaMismatch, UsageError.
+    Raises ServiceUnreachable, SchemaMismatch, UsageError; WrongState where a worker serves the older tables.
     """
     engine = make_engine(settings.database_url)
     if not check_schema:
@@ -139,6 +139,8 @@ def connect(settings: Settings, *, check_schema: bool = True) -> Engine:
     with reachable(settings):
         current = revision(engine)
         if current != HEAD and settings.embedded_database and (current is None or OLDEST <= current < HEAD):
+            if current is not None:
+                require_unserved(engine, current)
             upgrade(engine)
             current = HEAD
     if current != HEAD:

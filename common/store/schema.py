@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import IntegrityError
 
-from loractl.common.errors import LoractlError, SchemaMismatch, SchemaTooOld
+from loractl.common.errors import LoractlError, SchemaMismatch, SchemaTooOld, WrongState
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -98,7 +98,16 @@ def lock_schema(connection: Connection) -> None:
     connection.execute(text("LOCK TABLE alembic_version IN EXCLUSIVE MODE"))
 
 
-def serving_boxes(engine: Engine) -> list[str]:
+def require_unserved(engine: Engine, found: str) -> None:
+    """Raises WrongState while workers serve tables of the revision `found`, which would be taken from beneath them."""
+    if boxes := _serving_boxes(engine):
+        raise WrongState(
+            f"{', '.join(boxes)} still {'serves' if len(boxes) == 1 else 'serve'} with revision {found}",
+            "stop them (Ctrl-C, or systemctl stop loractl-worker), then try again; db upgrade --force skips this check",
+        )
+
+
+def _serving_boxes(engine: Engine) -> list[str]:
     """Boxes whose workers have written their rows within a minute, whatever the tables' revision."""
     recent = {
         "postgresql": "seen_at > clock_timestamp() - interval '60 seconds'",

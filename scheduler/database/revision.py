@@ -6,13 +6,13 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from loractl.common.errors import Forbidden, WrongState
+from loractl.common.errors import Forbidden
 from loractl.common.lab_store import adopt_if_sure
 from loractl.common.settings import Settings
 from loractl.common.store.checks import quarantined
 from loractl.common.store.database import connect, one_look, reachable
 from loractl.common.store.roles import apply_roles, has_roles
-from loractl.common.store.schema import HEAD, OLDEST, revision, serving_boxes, upgrade
+from loractl.common.store.schema import HEAD, OLDEST, require_unserved, revision, upgrade
 from loractl.common.store.store import Store
 
 from .backup import Contents, back_up
@@ -41,11 +41,8 @@ def bring_to_head(settings: Settings, backup: Path | None, *, force: bool) -> Up
         try:
             found, saved = revision(engine), None
             if found is not None and OLDEST <= found < HEAD:
-                if not force and (boxes := serving_boxes(engine)):
-                    raise WrongState(
-                        f"{', '.join(boxes)} still {'serves' if len(boxes) == 1 else 'serve'} with revision {found}",
-                        "stop the workers (systemctl stop loractl-worker), then try again; --force skips this check",
-                    )
+                if not force:
+                    require_unserved(engine, found)
                 saved = None if backup is None else back_up(settings, backup)
             before, after = upgrade(engine)
             wanted = before != after and has_roles(engine)

@@ -87,7 +87,11 @@ def see_revision(settings: Settings) -> Iterator[Condition]:
     if current == HEAD:
         yield fine("revision", f"{HEAD}, as loractl {__version__} needs it")
     elif settings.embedded_database and (current is None or OLDEST <= current < HEAD):
-        yield warning("revision", f"{current}; this loractl needs {HEAD}", "the next command upgrades it")
+        yield warning(
+            "revision",
+            f"{current}; this loractl needs {HEAD}",
+            "a command upgrades it once no worker serves it",
+        )
     else:
         wrong = mismatch(current)
         yield broken("revision", wrong.sentence, wrong.hint)

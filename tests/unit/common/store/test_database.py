@@ -15,15 +15,15 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, inspect, text
 
-from loractl.common.errors import ExitCode, LoractlError, SchemaMismatch, ServiceUnreachable, UsageError
+from loractl.common.errors import ExitCode, LoractlError, SchemaMismatch, ServiceUnreachable, UsageError, WrongState
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import DatabaseError, connect, make_engine, outage, reachable, told_by
-from loractl.common.store.schema import HEAD, alembic_config, revision, upgrade
+from loractl.common.store.schema import HEAD, alembic_config, migrating, revision, upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, conditioned
 
 from ....services import free_port
-from ...factories import submission
+from ...factories import node_state, submission
 
 pytestmark = pytest.mark.both
 
@@ -204,6 +204,26 @@ def test_the_embedded_database_is_made_on_the_way_and_readable_by_its_owner_alon
     with engine.connect() as connection:
         pragmas = [connection.exec_driver_sql(f"PRAGMA {p}").scalar() for p in ("journal_mode", "foreign_keys")]
     assert pragmas == ["wal", 1]
+    engine.dispose()
+
+
+def test_no_command_upgrades_the_embedded_database_beneath_a_worker_that_serves_it(upgraded_home: Path) -> None:
+    from alembic import command
+
+    settings = load_settings({"LORACTL_HOME": str(upgraded_home)})
+    engine = make_engine(settings.database_url)
+    store = Store(engine)
+    store.cards.see(node_state("heron:0"))
+    with migrating(engine) as connection, alembic_config(connection) as config:
+        command.downgrade(config, "0050")
+    with pytest.raises(WrongState, match="heron still serves with revision 0050") as refused:
+        connect(settings)
+    assert refused.value.hint is not None and "systemctl stop loractl-worker" in refused.value.hint
+    assert revision(engine) == "0050"
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM nodes"))  # as a worker does that ends
+    connect(settings).dispose()
+    assert revision(engine) == HEAD
     engine.dispose()
 
 
