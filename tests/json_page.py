@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,6 @@ SHARED = {
     "A time": "scheduler/plan/answer.py:CardTime",
     "A solution": "scheduler/plan/solutions.py:Solution",
     "A row of usage": "scheduler/usage/answer.py:UsageRow",
-    "An order to drain": "scheduler/fleet/answer.py:ClosedBy",
     "A login": "common/store/roles.py:RoleLogin",
     "A join line": "scheduler/lab/lab.py:JoinTicket",
     "A check": "scheduler/lab/health/condition.py:Condition",
@@ -195,18 +194,40 @@ def section(where: str) -> tuple[str, ...]:
 def table(answer: ast.ClassDef, source: list[str]) -> Iterator[str]:
     """The fields up to the first empty line: those behind it are for people."""
     yield from ("", "| key | type | |", "| --- | --- | --- |")
+    shown = [ast.literal_eval(one.value) for one in answer.body if isinstance(one, ast.Assign)]  # of a row's columns
     fields = [one for one in answer.body if isinstance(one, ast.AnnAssign)]
     for before, field in zip([fields[0], *fields], fields, strict=False):
         if "" in source[before.end_lineno or 0 : field.lineno - 1]:
             break
         assert isinstance(field.target, ast.Name)
-        comment = source[(field.end_lineno or 0) - 1].partition("  # ")[2].replace("None", "null")
-        yield f"| `{field.target.id}` | {kind(ast.unparse(field.annotation))} | {comment} |"
+        annotation = ast.unparse(field.annotation)
+        if field.target.id == "row" and annotation[0].isupper():
+            yield from columns(annotation, *shown)
+        else:
+            yield entry(field.target.id, annotation, source[(field.end_lineno or 0) - 1])
+
+
+def columns(table: str, shown: Collection[str] | None = None) -> Iterator[str]:
+    """The columns of a table's row, or those shown."""
+    text = (ROOT / "common/store/tables.py").read_text("utf-8")
+    source = text.splitlines()
+    (found,) = (one for one in ast.parse(text).body if isinstance(one, ast.ClassDef) and one.name == table)
+    for field in found.body:
+        if isinstance(field, ast.AnnAssign) and (name := ast.unparse(field.target)) in (shown or name):
+            above = source[field.lineno - 2].strip()
+            comment = f"  {above}" if above.startswith("# ") else source[field.lineno - 1]
+            yield entry(name, ast.unparse(field.annotation).removeprefix("Mapped[").removesuffix("]"), comment)
+
+
+def entry(name: str, annotation: str, line: str) -> str:
+    """A line of the table of fields. `line`: of code, with its comment."""
+    return f"| `{name}` | {kind(annotation)} | {line.partition('  # ')[2].replace('None', 'null')} |"
 
 
 KINDS = dict.fromkeys((where.rpartition(":")[2] for where in SHARED.values()), "object") | {
     "str": "text", "Path": "text", "int": "integer", "float": "number", "bool": "true/false", "dt.datetime": "time",
-    "None": "null", "Any": "any", "Mapping": "object", "dict": "object",
+    "None": "null", "Any": "any", "Mapping": "object", "dict": "object", "Bytes": "integer", "Seconds": "number",
+    "Timestamp": "time", "Labels": "object", "Key": "integer", "JobKey": "integer", "Number": "integer",
 }  # fmt: skip
 
 

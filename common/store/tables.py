@@ -48,6 +48,11 @@ Labels = Annotated[dict[str, str], mapped_column(Json(shapes.labels))]
 class Base(DeclarativeBase):
     type_annotation_map = {str: Characters(255), int: Whole(), float: Real(), bool: Flag()}  # noqa: RUF012  SQLAlchemy's own form
 
+    def as_json(self, *names: str) -> dict[str, Any]:
+        """These of its columns, or all, under their own names; times as text."""
+        values = {name: getattr(self, name) for name in names or self.__table__.columns.keys()}
+        return {name: at.isoformat() if isinstance(at, dt.datetime) else at for name, at in values.items()}
+
 
 MOST_ATTEMPTS = 2**30
 """Of a job: the next one has a number, too."""

@@ -38,12 +38,12 @@ def _row(device: DeviceState, now: dt.datetime, screen: Screen, *, used: bool) -
     held = card.measured
     return [
         screen.style(card_name(card.node), bold=True),
-        *([fit(device.device_name, 22)] if wide else []),
+        *([fit(device.row.device_name, 22)] if wide else []),
         _memory_bar(card, 36 if wide else 20, screen),
         gib(card.free) if card.open else "–",
         *([gib(held) if held else "–"] if used else []),
         f"{card.total / GIB:.0f}" if card.total else "?",
-        "–" if device.load is None or device.silent_s is not None else f"{device.load}%",
+        "–" if device.row.load is None or device.silent_s is not None else f"{device.row.load}%",
         _obstacle(device, now) or _users(device, now),
     ]
 
@@ -64,12 +64,12 @@ def _obstacle(device: DeviceState, now: dt.datetime) -> str | None:
     """Why the card takes no jobs; None if it does."""
     if device.silent_s is not None:
         return f"not seen for {duration(device.silent_s)}"
-    if device.fault is not None:
-        return f"closed: {device.fault}"
+    if device.row.fault is not None:
+        return f"closed: {device.row.fault}"
     if (order := device.closed_by) is not None:
         until = f" until {clock(order.until, now)}" if order.until else ""
         return f"drained by {order.user}{until}: {order.reason}"
-    return "its worker is stopping" if device.draining else None
+    return "its worker is stopping" if device.row.draining else None
 
 
 def _jobs(device: DeviceState) -> list[str]:
@@ -81,10 +81,10 @@ def _jobs(device: DeviceState) -> list[str]:
 
 
 def _users(device: DeviceState, now: dt.datetime) -> str:
-    others = [process_name(process) for process in device.outside]
+    others = [process_name(process) for process in device.row.outside]
     if len(others) > 2:
         others = [*others[:2], f"{len(others) - 2} more"]
     failures = ", ".join(f"{count} {reason}" for reason, count in sorted(device.failures.items()))
     notes = [f"failed lately: {failures}"] if failures else []
-    notes += [] if device.until is None else [f"until {clock(device.until, now)}"]
+    notes += [] if device.row.until is None else [f"until {clock(device.row.until, now)}"]
     return ", ".join([*_jobs(device), *others, *notes]) or "–"

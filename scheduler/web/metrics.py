@@ -232,7 +232,7 @@ def _jobs(census: LabCensus) -> Iterator[Metric]:
 
 
 def _cards(census: LabCensus) -> Iterator[Metric]:
-    devices = [(device, {"host": device.host, "card": device.node}) for device in census.devices]
+    devices = [(device, {"host": device.row.host, "card": device.row.node}) for device in census.devices]
     what = "Bytes of each card by use: jobs, outside, margin, free; together they are the card"
     yield _gauge(
         "loractl_card_bytes",
@@ -243,15 +243,15 @@ def _cards(census: LabCensus) -> Iterator[Metric]:
     yield _gauge("loractl_card_open", "Whether the card takes jobs: 1, or 0", opened)
     drained = [(labels, float(device.closed_by is not None)) for device, labels in devices]
     yield _gauge("loractl_card_drained", "Whether the card is drained: 1, or 0", drained)
-    seen = [(labels, device.seen_at.timestamp()) for device, labels in devices]
+    seen = [(labels, device.row.seen_at.timestamp()) for device, labels in devices]
     yield _gauge("loractl_card_seen_timestamp_seconds", "When the card's worker last wrote its row", seen)
     rounds: list[tuple[dict[str, str], float]] = [({}, at.timestamp()) for at in (census.round_at,) if at is not None]
     yield _gauge(
         "loractl_fleet_round_timestamp_seconds", "When a worker last ran the fleet's round, which ends leases", rounds
     )
-    load = [(labels, device.load / 100) for device, labels in devices if device.load is not None]
+    load = [(labels, device.row.load / 100) for device, labels in devices if device.row.load is not None]
     yield _gauge("loractl_card_load_ratio", "How busy the card is, 0 to 1", load)
-    warm = [(labels, float(d.temperature)) for d, labels in devices if d.temperature is not None]
+    warm = [(labels, float(d.row.temperature)) for d, labels in devices if d.row.temperature is not None]
     yield _gauge("loractl_card_temperature_celsius", "The card's temperature", warm)
     failures = [(on | {"reason": why}, float(n)) for d, on in devices for why, n in d.failures.items()]
     what = "Attempts that the lab failed on the card since one ended well, at most a day old"

@@ -226,7 +226,7 @@ def see_boxes(settings: Settings) -> Iterator[Condition]:
         yield broken("boxes", what, STOPPED)
     boxes: dict[str, list[DeviceState]] = defaultdict(list)
     for device in devices:
-        boxes[device.host].append(device)
+        boxes[device.row.host].append(device)
     if not boxes:
         yield warning("boxes", "no worker is online", "start one on a GPU box: loractl worker")
     for host, cards in boxes.items():
@@ -235,7 +235,7 @@ def see_boxes(settings: Settings) -> Iterator[Condition]:
 
 
 def _box(host: str, cards: list[DeviceState]) -> Condition:
-    theirs = cards[0].versions.get("loractl", "?")
+    theirs = cards[0].row.versions.get("loractl", "?")
     what = f"{host}: loractl {theirs}, {len(cards)} card{'s' * (len(cards) != 1)}"
     if theirs != __version__:
         hint = "run one version everywhere: docs/deploy.md#upgrading-loractl"
@@ -243,7 +243,7 @@ def _box(host: str, cards: list[DeviceState]) -> Condition:
     if silent := [card.silent_s for card in cards if card.silent_s is not None]:
         hint = f"on {host}: systemctl status loractl-worker, or loractl worker"
         return warning("boxes", f"{what}; {len(silent)} not seen for {duration(max(silent))}", hint)
-    if faults := [f"{card.node} is closed: {card.fault}" for card in cards if card.fault is not None]:
+    if faults := [f"{card.row.node} is closed: {card.row.fault}" for card in cards if card.row.fault is not None]:
         return warning("boxes", f"{what}; {faults[0]}", "docs/deploy.md#cards-that-fail; loractl gpus lists all")
     return fine("boxes", what)
 
@@ -252,8 +252,8 @@ def _different_libraries(devices: tuple[DeviceState, ...]) -> Iterator[Condition
     """Whatever decides a training's arithmetic should be the same on all boxes: a job may continue on another box."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for device in devices:
-        for package, version in device.versions.items():
-            found[package].setdefault(version, device.host)
+        for package, version in device.row.versions.items():
+            found[package].setdefault(version, device.row.host)
     for package, hosts in found.items():
         if len(hosts) > 1 and package != "loractl":
             where = ", ".join(f"{version} on {host}" for version, host in hosts.items())

@@ -86,7 +86,7 @@ class LabFloor:
     @property
     def silent(self) -> frozenset[str]:
         """Cards that have not been seen for a while though nobody ordered that."""
-        return frozenset(device.node for device in self.fleet.devices if device.silent_s is not None)
+        return frozenset(device.row.node for device in self.fleet.devices if device.silent_s is not None)
 
 
 def lab_floor(store: Store, shelf: ReportShelf, choice: Choice, page: Page) -> LabFloor:

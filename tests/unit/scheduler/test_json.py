@@ -181,8 +181,8 @@ def _by_hand(lab: Store, job: Path) -> dict[str, list[Any]]:
 
 def _with_a_self_test(found: Fleet) -> Fleet:
     """Its first card has shown something before it served."""
-    first, *others = found.devices
-    return replace(found, devices=(replace(first, self_test={}), *others))
+    found.devices[0].row.self_test = {}
+    return found
 
 
 def _with_json(group: click.Group, path: str = "") -> list[str]:
