@@ -21,7 +21,6 @@ SHARED = {
     "A job": "scheduler/status/job.py:JobState",
     "An attempt": "scheduler/status/job.py:PastAttempt",
     "A card of an attempt": "scheduler/status/job.py:CardPart",
-    "An event": "scheduler/status/job.py:PastEvent",
     "A sweep": "scheduler/status/standing.py:SweepStanding",
     "A member": "common/job/sweep.py:Member",
     "A rung": "common/job/sweep.py:RungPoint",

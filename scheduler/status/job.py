@@ -121,20 +121,6 @@ def job_state(store: Store, job_id: int) -> JobState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PastEvent:
-    """One line of a job's history."""
-
-    at: dt.datetime
-    attempt: int | None
-    kind: str
-    text: str
-
-    def as_json(self) -> dict[str, Any]:
-        """The fields under their own names."""
-        return {**vars(self), "at": self.at.isoformat()}
-
-
-@dataclass(frozen=True, kw_only=True)
 class CardPart:
     """An attempt's share of one of its cards, in bytes."""
 
@@ -147,54 +133,39 @@ class CardPart:
 class PastAttempt:
     """One run of a job, on one card or on several."""
 
-    job_id: int
-    attempt: int
-    node: str
-    gpu: str
-    method: str
-    vram_planned: int | None  # bytes
-    vram_reserved: int | None
-    vram_peak: int | None  # reserved by CUDA's allocator; on a CPU, the process's resident set
-    vram_allocated: int | None  # of it, by tensors
-    vram_process: int | None  # of the device, by the whole process, context included
-    device_name: str | None
-    device_kind: str | None
-    started_at: dt.datetime
-    ended_at: dt.datetime | None
-    reason: Reason | None
-    message: str | None
-    resumed_from_step: int | None
-    roomy: bool | None  # it had the memory to do without recomputing; None: from an earlier version
+    COLUMNS = (
+        "job_id", "attempt", "node", "gpu", "method", "vram_planned", "vram_reserved", "vram_peak", "vram_allocated",
+        "vram_process", "device_name", "device_kind", "started_at", "ended_at", "reason", "message",
+        "resumed_from_step", "roomy",
+    )  # fmt: skip
+
+    row: Attempt
 
     cards: tuple[CardPart, ...] = ()  # all of them, its first card first; several have equal plans
 
     @property
     def place(self) -> str:
         """Its cards, as short as possible."""
-        return in_short([part.node for part in self.cards] or [self.node])
+        return in_short([part.node for part in self.cards] or [self.row.node])
 
     @property
     def how(self) -> str:
         """Its method, and whether it began without recomputing."""
-        return f"{self.method}, roomy" if self.roomy else self.method
+        return f"{self.row.method}, roomy" if self.row.roomy else self.row.method
 
     @property
     def planned(self) -> int | None:
         """Bytes of the plan; with several cards, of each."""
-        return self.vram_reserved if len(self.cards) > 1 else self.vram_planned
+        return self.row.vram_reserved if len(self.cards) > 1 else self.row.vram_planned
 
     @property
     def peak(self) -> int | None:
         """The measured peak in bytes; with several cards, of the fullest."""
-        return self.vram_process or self.vram_peak
+        return self.row.vram_process or self.row.vram_peak
 
     def as_json(self) -> dict[str, Any]:
         """The fields under their own names: columns, and `cards` with `node`, `reserved` and `used` of each."""
-        columns = {name: _plain(getattr(self, name)) for name in _ATTEMPT_FIELDS}
-        return {**columns, "cards": [vars(part) for part in self.cards]}
-
-
-_ATTEMPT_FIELDS = tuple(PastAttempt.__annotations__)[:-1]
+        return {**self.row.as_json(*self.COLUMNS), "cards": [vars(part) for part in self.cards]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +176,7 @@ class JobHistory:
     spec: Mapping[str, Any]
     data: Mapping[str, Any]  # stored data sets: {"path": {"uri", "sha256"}, "eval_path": ...}
     attempts: tuple[PastAttempt, ...]
-    events: tuple[PastEvent, ...]
+    events: tuple[Event, ...]
     now: dt.datetime
 
     @property
@@ -215,13 +186,14 @@ class JobHistory:
 
     def as_json(self) -> dict[str, Any]:
         """The job's fields; its resolved `spec`; `data`: the stored data sets by key, each with `uri`, `sha256`,
-        `rows`, `bytes` and `tokens`; `attempts`, the oldest first; `events`."""
+        `rows`, `bytes` and `tokens`; `attempts`, the oldest first; `events`, each with `at`, `attempt` (null: of none),
+        `kind` and `text`."""
         return {
             **self.job.as_json(),
             "spec": dict(self.spec),
             "data": dict(self.data),
             "attempts": [attempt.as_json() for attempt in self.attempts],
-            "events": [event.as_json() for event in self.events],
+            "events": [event.as_json("at", "attempt", "kind", "text") for event in self.events],
         }
 
 
@@ -266,7 +238,7 @@ def _history(store: Store, row: Job, view: FleetView | None) -> JobHistory:
         spec=row.spec,
         data=row.data,
         attempts=_attempts(store, job, view),
-        events=tuple(map(event_of, store.jobs.events(job.job_id))),
+        events=tuple(store.jobs.events(job.job_id)),
         now=store.now(),
     )
 
@@ -302,12 +274,7 @@ def attempt_of(row: Attempt, shares: Sequence[AttemptShare] = (), used: Mapping[
     held: list[tuple[str, int | None]] = [(share.node, share.bytes) for share in shares]
     held = held or [(row.node, row.vram_reserved)]
     cards = tuple(CardPart(node=node, reserved=size, used=(used or {}).get(node)) for node, size in held)
-    return PastAttempt(**{name: getattr(row, name) for name in _ATTEMPT_FIELDS}, cards=cards)
-
-
-def event_of(row: Event) -> PastEvent:
-    """A line of the history."""
-    return PastEvent(at=row.at, attempt=row.attempt, kind=row.kind, text=row.text)
+    return PastAttempt(row=row, cards=cards)
 
 
 def _plain(value: Any) -> Any:

@@ -93,7 +93,7 @@ def _memory(last: PastAttempt, job: JobState, screen: Screen) -> list[str]:
     several = len(last.cards) > 1
     how = f"method {last.how}"
     how += f"   speed {job.tokens_per_second:.0f} tok/s" if job.tokens_per_second else ""
-    of_ram = " of RAM" if last.device_kind == "cpu" else ""
+    of_ram = " of RAM" if last.row.device_kind == "cpu" else ""
     peak = f"{gib(last.peak)} GiB{of_ram} at most{' on one card' if several else ''}" if last.peak else ""
     planned = f"planned {gib(last.planned)} GiB{' on each' if several else ''}" if last.planned else ""
     memory = ", ".join(part for part in (peak, planned) if part)
@@ -148,17 +148,17 @@ def _attempts_table(answer: JobInFull, screen: Screen) -> list[str]:
 
 
 def _attempt_row(attempt: PastAttempt, now: dt.datetime) -> list[str]:
-    took = (attempt.ended_at - attempt.started_at).total_seconds() if attempt.ended_at else None
+    took = (attempt.row.ended_at - attempt.row.started_at).total_seconds() if attempt.row.ended_at else None
     return [
-        str(attempt.attempt),
+        str(attempt.row.attempt),
         clean_line(attempt.place),
         attempt.how,
         gib(attempt.planned),
         gib(attempt.peak),
-        clock(attempt.started_at, now),
+        clock(attempt.row.started_at, now),
         "runs" if took is None else duration(took),
-        attempt.reason.value if attempt.reason else "",
-        f"step {attempt.resumed_from_step}" if attempt.resumed_from_step else "",
+        attempt.row.reason.value if attempt.row.reason else "",
+        f"step {attempt.row.resumed_from_step}" if attempt.row.resumed_from_step else "",
     ]
 
 

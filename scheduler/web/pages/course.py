@@ -11,7 +11,7 @@ from loractl.common.job.status import STOPPED, Reason
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
-    from loractl.common.store.tables import MetricPoint
+    from loractl.common.store.tables import Attempt, MetricPoint
     from loractl.scheduler.status.job import PastAttempt
 
 MOST_POINTS = 600
@@ -61,25 +61,25 @@ def job_course(store: Store, job_id: int, attempts: Sequence[PastAttempt]) -> Jo
 
 
 def _spans(by_attempt: dict[int, list[MetricPoint]], attempts: Sequence[PastAttempt]) -> list[AttemptSpan]:
-    trained = [attempt for attempt in attempts if attempt.attempt in by_attempt]
+    trained = [attempt for attempt in attempts if attempt.row.attempt in by_attempt]
     spans = []
     for this, following in itertools.zip_longest(trained, trained[1:]):
-        run = by_attempt[this.attempt]
-        again = run[-1].step if following is None else (following.resumed_from_step or 0)
+        run = by_attempt[this.row.attempt]
+        again = run[-1].step if following is None else (following.row.resumed_from_step or 0)
         spans.append(
             AttemptSpan(
-                attempt=this.attempt,
+                attempt=this.row.attempt,
                 place=this.place,
-                first=this.resumed_from_step or 0,
+                first=this.row.resumed_from_step or 0,
                 last=run[-1].step,
                 repeated=max(0, run[-1].step - again),
-                tone=_tone(this),
+                tone=_tone(this.row),
             )
         )
     return spans
 
 
-def _tone(attempt: PastAttempt) -> Literal["good", "bad", "on", ""]:
+def _tone(attempt: Attempt) -> Literal["good", "bad", "on", ""]:
     if attempt.ended_at is None:
         return "on"
     return "good" if attempt.reason is Reason.OK else "" if attempt.reason in STOPPED else "bad"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import LoractlError, SweepNotFound
 from loractl.common.job.status import STOPPED, Status
+from loractl.common.store.tables import Event
 from loractl.scheduler.compare.answer import flat_settings
-from loractl.scheduler.status.job import JobHistory, JobState, PastEvent, job_history, trouble_on
+from loractl.scheduler.status.job import JobHistory, JobState, job_history, trouble_on
 from loractl.scheduler.wait.cards import SILENT_S, silent_s
 from loractl.scheduler.wait.gangs import in_words
 from loractl.scheduler.why.answer import Why, why
@@ -63,7 +64,7 @@ class JobDossier:
         return self.history.job
 
     @property
-    def told(self) -> tuple[PastEvent, ...]:
+    def told(self) -> tuple[Event, ...]:
         """The history, with consecutive checkpoints as one line (a long job saves hundreds), and each warning once:
         every attempt reads the data again."""
         runs = itertools.groupby(_warned_once(self.history.events), key=lambda e: (e.kind == "saved", e.attempt))
@@ -75,9 +76,9 @@ class JobDossier:
         step, loss = self.course.last or (None, None)
         return step if self.job.step is None else self.job.step, loss if self.job.loss is None else self.job.loss
 
-    def tone(self, event: PastEvent) -> str:
+    def tone(self, event: Event) -> str:
         """good, bad, at (an attempt begins), or empty: nothing to look at, or a person's order."""
-        attempt = next((a for a in self.history.attempts if a.attempt == event.attempt), None)
+        attempt = next((a.row for a in self.history.attempts if a.row.attempt == event.attempt), None)
         if event.kind == "requeued" and attempt is not None and attempt.reason in STOPPED:
             return ""
         tones = {"succeeded": "good", "failed": "bad", "requeued": "bad", "closed": "bad", "started": "at"}
@@ -87,12 +88,12 @@ class JobDossier:
     def trained_s(self) -> float:
         """Seconds of all attempts; a running one counts until now."""
         now = self.history.now
-        return sum(((a.ended_at or now) - a.started_at).total_seconds() for a in self.history.attempts)
+        return sum(((a.row.ended_at or now) - a.row.started_at).total_seconds() for a in self.history.attempts)
 
     @property
     def waited_s(self) -> float:
         """Seconds until the first start, or until now."""
-        first = self.history.attempts[0].started_at if self.history.attempts else self._waits_until
+        first = self.history.attempts[0].row.started_at if self.history.attempts else self._waits_until
         return max(0.0, (first - self.waits_from).total_seconds())
 
     @property
@@ -122,33 +123,37 @@ def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
         report_missing=missing,
         log_end=_end("".join(chunk.text for chunk in store.jobs.log_end(job_id, LOG_CHUNKS))),
         followers=tuple(store.jobs.followers(job_id)),
-        card_bytes={a.attempt: known[a.node] for a in history.attempts if a.node in known},
+        card_bytes={a.row.attempt: known[a.row.node] for a in history.attempts if a.row.node in known},
     )
 
 
-def _warned_once(events: Sequence[PastEvent]) -> list[PastEvent]:
+def _warned_once(events: Sequence[Event]) -> list[Event]:
     """Each warning once, where it came last, and with its attempts if another attempt read the data without it."""
     holders: dict[str, list[int | None]] = {}
     for event in events:
         if event.kind == "warning" and event.attempt not in holders.setdefault(event.text, []):
             holders[event.text].append(event.attempt)
     readers = {event.attempt for event in events if event.kind in ("data", "warning")}
-    once: list[PastEvent] = []
+    once: list[Event] = []
     for event in reversed(events):
         attempts = holders.pop(event.text, []) if event.kind == "warning" else [event.attempt]
         if event.kind == "warning" and attempts and set(attempts) != readers:
             which = in_words([str(attempt) for attempt in attempts])
-            once.append(replace(event, text=f"{event.text} (attempt{'s' if attempts[1:] else ''} {which})"))
+            once.append(_reworded(event, f"{event.text} (attempt{'s' if attempts[1:] else ''} {which})"))
         elif attempts:
             once.append(event)
     return once[::-1]
 
 
-def _as_one(saved: list[PastEvent]) -> list[PastEvent]:
+def _as_one(saved: list[Event]) -> list[Event]:
     if len(saved) < 3:
         return saved
     first, last = saved[0].text.rpartition(" ")[2], saved[-1].text.rpartition(" ")[2]
-    return [replace(saved[-1], text=f"saved steps {first} to {last}, {len(saved)} checkpoints")]
+    return [_reworded(saved[-1], f"saved steps {first} to {last}, {len(saved)} checkpoints")]
+
+
+def _reworded(event: Event, text: str) -> Event:
+    return Event(at=event.at, attempt=event.attempt, kind=event.kind, text=text)
 
 
 def _of_sweep(store: Store, sweep_id: int | None) -> tuple[Collection[str], str | None]:

@@ -54,7 +54,7 @@ def lab(store: Store, tmp_path: Path) -> webs.SeededLab:
 
 def test_an_attempt_that_ended_with_its_trainer_keeps_its_reason_and_has_an_advice(lab: webs.SeededLab) -> None:
     history = job_in_full(lab.store, 1)
-    assert [attempt.reason for attempt in history.attempts] == [Reason.HOST_LOST, Reason.OK]
+    assert [attempt.row.reason for attempt in history.attempts] == [Reason.HOST_LOST, Reason.OK]
     assert "host_lost" in job_text(history, PIPE, full=True)
     assert "it shared its trainer with job 2" in job_text(history, PIPE)
     assert lab.store.jobs.get(1).retries_used == 0, "the lab caused it"

@@ -6,7 +6,6 @@ import datetime as dt
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +20,7 @@ from loractl.scheduler.cli.screen import Screen, in_height
 from loractl.scheduler.status.job import (
     JSON_FIELDS,
     JobInFull,
-    PastAttempt,
-    PastEvent,
     attempt_of,
-    event_of,
     state_of,
 )
 from loractl.scheduler.status.job_text import job_text
@@ -107,7 +103,7 @@ def full(row: Job, screen: Screen = PLAIN, **more: Any) -> str:
 def in_full(row: Job, **more: Any) -> JobInFull:
     of_none = {"wait": None, "attempts": (), "events": (), "losses": (), "held_out": (), "spec": {}, "data": {}}
     values = {**of_none, **more}
-    values["attempts"], values["events"] = past(values["attempts"], values["events"])
+    values["attempts"] = tuple(map(attempt_of, values["attempts"]))
     return JobInFull(job=state_of(row), now=NOON, **values)
 
 
@@ -115,10 +111,6 @@ def history(
     row: Job, attempts: list[Attempt], events: list[Event], spec: dict[str, Any], screen: Screen = PLAIN
 ) -> str:
     return job_text(in_full(row, attempts=attempts, events=events, spec=spec), screen, full=True)
-
-
-def past(attempts: Iterable[Attempt], events: Iterable[Event]) -> tuple[tuple[PastAttempt, ...], tuple[PastEvent, ...]]:
-    return tuple(map(attempt_of, attempts)), tuple(map(event_of, events))
 
 
 def test_of_two_starts_at_one_moment_the_first_by_the_rule_is_next() -> None:
