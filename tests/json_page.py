@@ -84,7 +84,7 @@ ANSWERS = {
     "lab init": "scheduler/lab/lab.py:LabAnswer",
     "lab invite": "scheduler/lab/lab.py:LabAnswer",
     "join": "scheduler/lab/join.py:JoinAnswer",
-    "db roles": "scheduler/database/roles.py:RolesAnswer",
+    "db roles": "common/store/roles.py:RolesDone",
     "db backup": "scheduler/database/backup.py:Contents",
     "gc": "scheduler/garbage/cleaner.py:Cleared",
     "doctor": "scheduler/lab/health/condition.py:Diagnosis",

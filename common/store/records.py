@@ -251,16 +251,6 @@ class Over:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OldResult:
-    """A job whose user has newer results of the same name, and the attempt that stored its result."""
-
-    job_id: int
-    attempt: int
-    user: str
-    name: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class PastJob:
     """A job that ended long ago. Sizes in the database, in bytes, roughly."""
 
@@ -270,15 +260,6 @@ class PastJob:
     ended_at: dt.datetime
     points_size: int  # values of single steps
     size: int  # all of it
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpentLog:
-    """Log lines in the database that are stored with a result as well."""
-
-    job_id: int
-    attempt: int
-    size: int  # characters
 
 
 @dataclass(frozen=True, kw_only=True)

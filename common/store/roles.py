@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, text
 
 from loractl.common.errors import UsageError, WrongState
 
-from .schema import lock_schema
+from .schema import HEAD, lock_schema
 
 SUBMIT, WORK, SHOW = "loractl_submit", "loractl_worker", "loractl_web"
 ROLES = (SUBMIT, WORK, SHOW)
@@ -47,10 +47,15 @@ class RoleLogin:
 
 @dataclass(frozen=True, kw_only=True)
 class RolesDone:
-    """What was done. `new_roles`: those that were not there before."""
+    """What was done, at which revision of the tables. `new_roles`: those that were not there before."""
 
+    revision: str
     new_roles: tuple[str, ...]
     logins: tuple[RoleLogin, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names; of each login its `url` with the password, null if that stays."""
+        return {**vars(self), "new_roles": list(self.new_roles), "logins": [vars(login) for login in self.logins]}
 
 
 def apply_roles(engine: Engine, wanted: Sequence[WantedLogin] = (), *, renew: bool = False) -> RolesDone:
@@ -68,7 +73,8 @@ def apply_roles(engine: Engine, wanted: Sequence[WantedLogin] = (), *, renew: bo
         new_roles = tuple(role for role in ROLES if not role_exists(connection, role))
         said = files(__package__).joinpath("roles.sql").read_text("utf-8")
         connection.exec_driver_sql(said.replace("%", "%%"))  # the driver looks for its placeholders
-        return RolesDone(new_roles=new_roles, logins=tuple(_give(connection, login, renew) for login in wanted))
+        logins = tuple(_give(connection, login, renew) for login in wanted)
+    return RolesDone(revision=HEAD, new_roles=new_roles, logins=logins)
 
 
 def has_roles(engine: Engine) -> bool:

@@ -3,27 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from loractl.common.errors import UsageError
 from loractl.common.settings import Settings
 from loractl.common.store.database import connect, reachable
-from loractl.common.store.roles import SHOW, SUBMIT, WORK, RoleLogin, WantedLogin, apply_roles
-from loractl.common.store.schema import HEAD
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolesAnswer:
-    """What was done, and at which revision of the tables."""
-
-    revision: str
-    new_roles: tuple[str, ...]
-    logins: tuple[RoleLogin, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """The fields under their own names; of each login its `url` with the password, null if that stays."""
-        return {**vars(self), "new_roles": list(self.new_roles), "logins": [vars(login) for login in self.logins]}
+from loractl.common.store.roles import SHOW, SUBMIT, WORK, RolesDone, WantedLogin, apply_roles
 
 
 def wanted_logins(
@@ -38,14 +22,13 @@ def wanted_logins(
     return [WantedLogin(name=name, role=role, password=word) for (name, role), word in zip(asked, given, strict=True)]
 
 
-def set_up_roles(settings: Settings, wanted: Sequence[WantedLogin], *, renew: bool) -> RolesAnswer:
+def set_up_roles(settings: Settings, wanted: Sequence[WantedLogin], *, renew: bool) -> RolesDone:
     """Create roles and logins in the database of `settings`. Raises what apply_roles raises, and SchemaMismatch."""
     if settings.embedded_database:
         raise UsageError("only PostgreSQL has roles, and this home's database is SQLite", "set LORACTL_DATABASE_URL")
     engine = connect(settings)
     try:
         with reachable(settings):
-            done = apply_roles(engine, wanted, renew=renew)
+            return apply_roles(engine, wanted, renew=renew)
     finally:
         engine.dispose()
-    return RolesAnswer(revision=HEAD, new_roles=done.new_roles, logins=done.logins)

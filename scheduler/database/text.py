@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .roles import RolesAnswer
+from loractl.common.store.roles import RolesDone
 
 
-def roles(answer: RolesAnswer) -> str:
+def roles(answer: RolesDone) -> str:
     """What was done, and each new password, in the URL that its owner needs."""
     made = f"New roles: {', '.join(answer.new_roles)}." if answer.new_roles else "The roles already existed."
     lines = [f"{made} Their rights are those of revision {answer.revision}."]

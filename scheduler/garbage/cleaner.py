@@ -21,8 +21,9 @@ from loractl.common.binding import result_binding
 from loractl.common.errors import AdapterNotFound, ArtifactError, LoractlError, UsageError
 from loractl.common.files import Unfinished, remove_tree
 from loractl.common.settings import Settings
-from loractl.common.store.records import OldResult, PastJob, SpentLog
+from loractl.common.store.records import PastJob
 from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.common.units import parse_duration
 
 log = logging.getLogger("loractl")
@@ -144,7 +145,7 @@ class Cleaner:
         yield from self._data(gone)
         yield from self._work()
         yield from self._cache(gone)
-        yield from self._logs()
+        yield from (_log(*spent) for spent in self._store.results.spent_logs())
         if self._policy.past_jobs:
             yield from (_course(job) for job in self._store.results.courses(self._limit()) if job.job_id not in gone)
             yield from (_past(job) for job in self._store.results.past_jobs(self._limit(), gone))
@@ -185,10 +186,10 @@ class Cleaner:
         for garbage in self._cache():
             _remove_here(Path(garbage.name))
             yield garbage
-        for spent in self._store.results.spent_logs():
-            if self._is_stored(spent):
-                self._store.results.forget_log(spent)
-                yield _log(spent.job_id, spent.attempt, spent.size)
+        for job_id, attempt, size in self._store.results.spent_logs():
+            if self._is_stored(job_id):
+                self._store.results.forget_log(job_id, attempt)
+                yield _log(job_id, attempt, size)
         if self._policy.past_jobs:
             yield from self._forget_past()
 
@@ -204,10 +205,10 @@ class Cleaner:
             gone = self._store.results.forget_jobs([job.job_id for job in jobs], limit)
             yield from (_past(job) for job in jobs if job.job_id in gone)
 
-    def _old_results(self) -> list[OldResult]:
+    def _old_results(self) -> list[Job]:
         return [] if self._policy.keep_last is None else self._store.results.beyond_newest(self._policy.keep_last)
 
-    def _results(self, old: Collection[OldResult]) -> Iterator[Garbage]:
+    def _results(self, old: Collection[Job]) -> Iterator[Garbage]:
         sizes = {held.name: held.size for held in self._artifacts.holdings("jobs")} if old else {}
         for job in old:
             name, why = attempt_prefix(job.job_id, job.attempt), f"older than {job.user}'s newest of {job.name}"
@@ -266,14 +267,10 @@ class Cleaner:
                     if why:
                         yield Garbage(kind=Kind.CACHE, name=str(entry), size=_size(entry), why=why)
 
-    def _logs(self) -> Iterator[Garbage]:
-        for log in self._store.results.spent_logs():
-            yield _log(log.job_id, log.attempt, log.size)
-
-    def _is_stored(self, log: SpentLog) -> bool:
-        """Whether the log can be read from the store, or was removed with its result. The lines stay if somebody has
+    def _is_stored(self, job_id: int) -> bool:
+        """Whether its log can be read from the store, or was removed with its result. The lines stay if somebody has
         changed the result there."""
-        job = self._store.jobs.get(log.job_id)
+        job = self._store.jobs.get(job_id)
         if job.report_uri is None:
             return True
         try:

@@ -25,7 +25,7 @@ from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import load_settings
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.guard import retried
-from loractl.common.store.records import Claim, Delivery, Progress, SpentLog, StoredCheckpoint
+from loractl.common.store.records import Claim, Delivery, Progress, StoredCheckpoint
 from loractl.common.store.roles import SUBMIT, apply_roles, unbounded
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
@@ -669,7 +669,7 @@ def test_a_worker_can_run_jobs_to_their_end_and_clean_up(person: Store, box: Sto
     assert not box.results.bind(claim.job_id, "c" * 64, "heron"), "it is bound"
     assert box.results.remove(claim.job_id, "heron")
     assert box.results.forget_checkpoint(claim.job_id)
-    box.results.forget_log(SpentLog(job_id=claim.job_id, attempt=1, size=5))
+    box.results.forget_log(claim.job_id, 1)
     box.cards.forget("box:0")
 
 

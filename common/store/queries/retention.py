@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 
 from sqlalchemy import ColumnElement, Select, Text, and_, cast, delete, exists, func, or_, select, update
-from sqlalchemy.orm import aliased
+from sqlalchemy.orm import aliased, load_only
 
 from loractl.common.job.status import KEEPING, Status
 
-from ..records import HELD_OUT_LOSS, OldResult, Over, PastJob, SpentLog
+from ..records import HELD_OUT_LOSS, Over, PastJob
 from ..tables import Adapter, Attempt, Base, Event, Job, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
 from .adapters import is_begun_from, is_tagged
@@ -48,20 +48,15 @@ _PAST = (
 )  # fmt: skip
 
 
-def read_beyond_newest(tx: Transaction, keep: int) -> list[OldResult]:
+def read_beyond_newest(tx: Transaction, keep: int) -> list[Job]:
     """Results beyond the `keep` newest of their user and name, oldest first; tagged results stay, and those from which
-    open jobs begin."""
+    open jobs begin. Only their numbers, users and names are read: rows are wide, and these may be all that there are.
+    """
     place = func.row_number().over(partition_by=(Job.user, Job.name), order_by=(Job.ended_at.desc(), Job.job_id.desc()))
     placed = select(Job.job_id, place.label("place")).where(_has_result()).subquery()
     older = (placed.c.place > keep, ~is_tagged(), ~is_begun_from())
-    columns = (
-        Job.job_id,
-        Job.attempt,
-        Job.user,
-        Job.name,
-    )  # not whole rows: they are wide, and may be all that there are
-    found = select(*columns).join(placed, placed.c.job_id == Job.job_id).where(*older).order_by(Job.job_id)
-    return [OldResult(**row._mapping) for row in tx.session.execute(found)]
+    found = select(Job).join(placed, placed.c.job_id == Job.job_id).where(*older).order_by(Job.job_id)
+    return list(tx.session.scalars(found.options(load_only(Job.attempt, Job.user, Job.name))))
 
 
 def read_over(tx: Transaction, job_ids: Collection[int], kept_since: dt.datetime | None = None) -> Over:
@@ -154,19 +149,17 @@ def forget_finished(tx: Transaction, job_id: int, host: str, why: str) -> bool:
     return True
 
 
-def read_spent_logs(tx: Transaction) -> list[SpentLog]:
-    """Logs that are stored in full with their attempt's result."""
+def read_spent_logs(tx: Transaction) -> list[tuple[int, int, int]]:
+    """Logs that are stored in full with their attempt's result: job, attempt and characters."""
     size = func.sum(func.length(LogChunk.text))
     stored = and_(Job.job_id == LogChunk.job_id, Job.attempt == LogChunk.attempt, Job.status == Status.SUCCEEDED)
     spent = select(Job.job_id, Job.attempt, size).join(LogChunk, stored).group_by(Job.job_id, Job.attempt)
-    return [
-        SpentLog(job_id=job_id, attempt=attempt, size=chars) for job_id, attempt, chars in tx.session.execute(spent)
-    ]
+    return [(job_id, attempt, size) for job_id, attempt, size in tx.session.execute(spent)]
 
 
-def forget_log(tx: Transaction, log: SpentLog) -> None:
+def forget_log(tx: Transaction, job_id: int, attempt: int) -> None:
     """Remove an attempt's log lines."""
-    own = (LogChunk.job_id == log.job_id) & (LogChunk.attempt == log.attempt)
+    own = (LogChunk.job_id == job_id) & (LogChunk.attempt == attempt)
     tx.session.execute(delete(LogChunk).where(own))
 
 

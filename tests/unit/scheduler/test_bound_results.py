@@ -19,7 +19,7 @@ from loractl.common.job.status import Reason
 from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import connect
-from loractl.common.store.records import Claim, Progress, SpentLog
+from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.scheduler.cli.main import cli
 from loractl.scheduler.database.backup import back_up, restore
@@ -67,7 +67,7 @@ class Lab:
         closed, digest = stores(self.settings, folder, job_id, weights, "Better than the base", told=told)
         result = replace(RESULT, manifest_sha256=closed, adapter_sha256=digest)
         self.store.attempts.finish(claim, Reason.OK, "done", Progress(log="step 1\n"), result)
-        self.store.results.forget_log(SpentLog(job_id=job_id, attempt=1, size=7))
+        self.store.results.forget_log(job_id, 1)
 
     def replace_result(self, weights: bytes) -> None:
         """Put a whole result in the place of the first one: adapter, report, page, log and a manifest that fits."""

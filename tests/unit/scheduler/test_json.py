@@ -18,12 +18,11 @@ from loractl.common.artifacts import open_store
 from loractl.common.memory.step import Lengths
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
-from loractl.common.store.roles import RoleLogin
+from loractl.common.store.roles import RoleLogin, RolesDone
 from loractl.common.store.store import Store
 from loractl.common.store.tables import FinalLook
 from loractl.scheduler.cli.main import cli
 from loractl.scheduler.compare.winner import sweep_comparison
-from loractl.scheduler.database.roles import RolesAnswer
 from loractl.scheduler.fleet.answer import Fleet, fleet
 from loractl.scheduler.lab.health.condition import Condition, Diagnosis, Level
 from loractl.scheduler.lab.join import JoinAnswer
@@ -153,7 +152,7 @@ def _by_hand(lab: Store, job: Path) -> dict[str, list[Any]]:
         kind="box", name="heron", host="10.0.0.5", file="config.toml", embedded="loractl.db", service="started",
         diagnosis=Diagnosis(conditions=(found,)),
     )  # fmt: skip
-    roles = RolesAnswer(
+    roles = RolesDone(
         revision="0038", new_roles=("loractl_web",), logins=(RoleLogin(name="ada", role="submit", new=True, url="p"),)
     )
     whole = sweep_comparison(lab, open_store(load_settings()), 1, "mara")

@@ -177,9 +177,8 @@ def test_the_log_of_a_result_is_spent_and_other_logs_are_kept(timed: Store, cloc
     timed.attempts.finish(last, Reason.OK, "done", Progress(log="end\n"), RESULT)
     failed = ended(timed, Reason.DIVERGED)
 
-    (log,) = timed.results.spent_logs()
-    assert (log.job_id, log.attempt, log.size) == (job_id, 2, len("second\nend\n"))
-    timed.results.forget_log(log)
+    assert timed.results.spent_logs() == [(job_id, 2, len("second\nend\n"))]
+    timed.results.forget_log(job_id, 2)
     assert timed.results.spent_logs() == []
     assert [chunk.text for chunk in timed.jobs.log(job_id)] == ["first\n"], (
         "why the first attempt failed is stored nowhere else"

@@ -174,6 +174,7 @@ def test_what_attempts_left_goes_and_results_and_running_attempts_stay(lab: Lab)
     wanted |= {f"jobs/{job_id}/checkpoints" for job_id in (result, failed)}
     before = lab.held()
     assert names(lab.cleaner().find(), Kind.ATTEMPT, Kind.CHECKPOINTS) == wanted
+    assert [(g.name, g.size) for g in lab.cleaner().find() if g.kind is Kind.LOG] == [(f"jobs/{result}/attempt-1", 500)]
     assert lab.held() == before, "a dry run changes nothing"
 
     gone = list(lab.cleaner().remove())
