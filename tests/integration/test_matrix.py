@@ -9,17 +9,18 @@ from typing import Any, cast
 
 import pytest
 
+from loractl.worker.evaluation.comparison import Compared
 from loractl.worker.serving.matrix.matrix import Matrix, MatrixRow, reading
-from loractl.worker.serving.matrix.scores import ACCURACY, LOSS, Cell, Task
+from loractl.worker.serving.matrix.scores import ACCURACY, LOSS, MEASURES, Task
 from loractl.worker.serving.matrix.view import matrix_page, matrix_text
 
 
-def cell(change: float, spread: float = 0.1, cases: int = 20) -> Cell:
-    return Cell(base=1.0, value=1.0 + change, low=change - spread, high=change + spread, cases=cases)
+def cell(change: float, spread: float = 0.1, cases: int = 20, measure: str = LOSS) -> Compared:
+    return MEASURES[measure].compared(cases, 1.0, 1.0 + change, change - spread, change + spread)
 
 
 def row(name: str, change: float, trained_on: int = 0) -> MatrixRow:
-    cells = {"mail": {LOSS: cell(-change), ACCURACY: cell(10 * change)}}
+    cells = {"mail": {LOSS: cell(-change), ACCURACY: cell(10 * change, measure=ACCURACY)}}
     return MatrixRow(
         name=name, job_id=4, method="lora", cells=cells, trained_on={"mail": trained_on}, load_seconds=0.5,
         memory=2**20, disk=3_000_000, as_trained=True,
@@ -36,18 +37,18 @@ def matrix(*rows: MatrixRow, switches: tuple[float, ...] = (0.001, 0.003)) -> Ma
 
 
 @pytest.mark.parametrize(
-    ("of", "measure", "says"),
+    ("of", "says"),
     [
-        (cell(-1), LOSS, "better"),
-        (cell(-1), ACCURACY, "worse"),
-        (cell(0.05), LOSS, "no clear change"),
-        (cell(-1, spread=math.nan), LOSS, "not known"),
-        (cell(-1, cases=7), LOSS, "too few rows"),
-        (cell(-0.005, spread=0.001), LOSS, "no practical change"),
+        (cell(-1), "better"),
+        (cell(-1, measure=ACCURACY), "worse"),
+        (cell(0.05), "no clear change"),
+        (cell(-1, spread=math.nan), "not known"),
+        (cell(-1, cases=7), "too few rows"),
+        (cell(-0.005, spread=0.001), "no practical change"),
     ],
 )
-def test_a_cell_is_read_by_its_interval(of: Cell, measure: str, says: str) -> None:
-    assert reading(of, measure) == says
+def test_a_cell_is_read_by_its_interval(of: Compared, says: str) -> None:
+    assert reading(of) == says
 
 
 def test_the_json_names_what_was_measured_and_what_is_no_number_is_null() -> None:

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.errors import UsageError
-from loractl.common.verdict import MeasuredChange
+from loractl.worker.evaluation.comparison import Compared
 from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice, open_pool
 from loractl.worker.serving.card import Footprint, take_card
 from loractl.worker.serving.library import Library, Listed, same_base, usual_arithmetic
 
 from .scores import (
     LOSS,
-    UNITS,
-    Cell,
     Scores,
     Task,
     asked_for,
@@ -54,7 +52,7 @@ class MatrixRow:
     name: str
     job_id: int
     method: str
-    cells: dict[str, dict[str, Cell]]
+    cells: dict[str, dict[str, Compared]]
     trained_on: dict[str, int]
     load_seconds: float
     memory: int
@@ -74,9 +72,7 @@ class MatrixRow:
             "load_seconds": self.load_seconds,
             "memory_bytes": self.memory,
             "disk_bytes": self.disk,
-            "tasks": {
-                name: {kind: _cell(cell, kind) for kind, cell in cells.items()} for name, cells in self.cells.items()
-            },
+            "tasks": {name: {kind: _cell(cell) for kind, cell in cells.items()} for name, cells in self.cells.items()},
             "rows_trained_on": self.trained_on,
         }
 
@@ -125,18 +121,9 @@ class Matrix:
         }
 
 
-def reading(cell: Cell, measure: str) -> str:
+def reading(cell: Compared) -> str:
     """The reading of the change against the base, as in a report, or "too few rows" if it has too few cases."""
-    change = MeasuredChange(
-        base=cell.base,
-        change=cell.change,
-        low=cell.low,
-        high=cell.high,
-        cases=cell.cases,
-        unit=UNITS[measure],
-        higher_is_better=measure != LOSS,
-    )
-    return "too few rows" if change.reading == "too few cases" else change.reading
+    return "too few rows" if cell.reading == "too few cases" else cell.reading
 
 
 def measure(
@@ -223,7 +210,9 @@ def _told(tasks: Sequence[Task], who: str, tell: Callable[[str], None]) -> Itera
         tell(f"{who} on {task.name}: {len(task.work.numbers)} rows in {time.monotonic() - began:.0f} s")
 
 
-def _cells(tasks: Sequence[Task], bases: dict[str, Scores], scores: dict[str, Scores]) -> dict[str, dict[str, Cell]]:
+def _cells(
+    tasks: Sequence[Task], bases: dict[str, Scores], scores: dict[str, Scores]
+) -> dict[str, dict[str, Compared]]:
     """By task and measure: the loss, and the measure of the task's answers."""
     return {
         task.name: {
@@ -258,7 +247,7 @@ def _switches(pool: AdapterPool, keys: Sequence[str]) -> list[float]:
     return took[1:]  # the first may not have been a switch
 
 
-def _cell(cell: Cell, measure: str) -> dict[str, Any]:
-    numbers = {**vars(cell), "change": cell.change}
-    shown = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in numbers.items()}
-    return {**shown, "reading": reading(cell, measure)}
+def _cell(cell: Compared) -> dict[str, Any]:
+    numbers = {"base": cell.base, "value": cell.tuned, "low": cell.low, "high": cell.high, "change": cell.change}
+    shown = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+    return {**shown, "cases": cell.cases, "reading": reading(cell)}

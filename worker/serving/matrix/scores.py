@@ -22,7 +22,7 @@ from loractl.worker.data.prompt import templated
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.token_set import TokenSet, fit_examples
 from loractl.worker.evaluation.answers import rouge
-from loractl.worker.evaluation.comparison import Array, paired_interval
+from loractl.worker.evaluation.comparison import Array, Compared, Measure, percent
 from loractl.worker.evaluation.confusion import Labels
 from loractl.worker.evaluation.evaluation import Work
 from loractl.worker.evaluation.generation import generate
@@ -32,7 +32,12 @@ from loractl.worker.serving.library import Library, Listed
 
 LOSS, ACCURACY, ROUGE_L = "loss", "accuracy", "rougeL"
 
-UNITS = {LOSS: "nats", ACCURACY: "%", ROUGE_L: "%"}
+MEASURES = {
+    LOSS: Measure(name=LOSS, label="held-out loss"),
+    ACCURACY: percent(ACCURACY, "accuracy"),
+    ROUGE_L: percent(ROUGE_L, "ROUGE-L"),
+}
+"""The measures of a cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +61,6 @@ class Scores:
     loss: Array
     tokens: Array
     answers: Array
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A measure of one adapter on one task next to the base's, with the 95% interval of the change."""
-
-    base: float
-    value: float
-    low: float
-    high: float
-    cases: int
-
-    @property
-    def change(self) -> float:
-        return self.value - self.base
 
 
 def task_of(
@@ -140,11 +130,8 @@ def score(pool: AdapterPool, key: str | None, task: Task, asked: EvaluationSpec)
     return Scores(loss=rows.loss, tokens=rows.tokens, answers=answers)
 
 
-def compare(base: Scores, tuned: Scores, measure: str) -> Cell:
-    """A cell from the same rows of both."""
+def compare(base: Scores, tuned: Scores, measure: str) -> Compared:
+    """A cell: one measure of an adapter on one task next to the base's, on the same rows."""
     if measure == LOSS:
-        pair, weight = (base.loss, tuned.loss), base.tokens
-    else:
-        pair, weight = (base.answers, tuned.answers), np.ones(len(base.answers))
-    before, value, low, high = paired_interval(*pair, weight)
-    return Cell(base=before, value=value, low=low, high=high, cases=int((weight > 0).sum()))
+        return MEASURES[measure].compare(base.loss, tuned.loss, base.tokens)
+    return MEASURES[measure].compare(base.answers, tuned.answers, np.ones(len(base.answers)))

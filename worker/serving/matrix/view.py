@@ -9,9 +9,10 @@ from importlib.resources import files
 
 from loractl.common.text import signed
 from loractl.common.units import amount
+from loractl.worker.evaluation.comparison import Compared
 
 from .matrix import Matrix, MatrixRow, reading
-from .scores import ACCURACY, LOSS, ROUGE_L, Cell
+from .scores import ACCURACY, LOSS, ROUGE_L
 
 NAMES = {LOSS: "loss, nats", ACCURACY: "accuracy, %", ROUGE_L: "ROUGE-L, %"}
 
@@ -82,9 +83,9 @@ def _table(matrix: Matrix, measures: Mapping[str, str]) -> list[str]:
 
 def _shown(row: MatrixRow, task: str, measure: str) -> str:
     cell = row.cells[task][measure]
-    mark = {"better": "better", "worse": "worse", "too few rows": "few"}.get(reading(cell, measure), "")
+    mark = {"better": "better", "worse": "worse", "too few rows": "few"}.get(reading(cell), "")
     star = "*" if row.trained_on[task] else ""
-    return f"{_number(cell.value, measure)} {_signed(cell.change, measure)} {mark:<6}{star or ' '}"
+    return f"{_number(cell.tuned, measure)} {_signed(cell.change, measure)} {mark:<6}{star or ' '}"
 
 
 def _number(value: float, measure: str) -> str:
@@ -95,7 +96,7 @@ def _signed(value: float, measure: str) -> str:
     return signed(value, 2 if measure == LOSS else 1)
 
 
-def _shade(cell: Cell, measure: str, cells: Sequence[Cell]) -> int:
+def _shade(cell: Compared, measure: str, cells: Sequence[Compared]) -> int:
     """How deep a cell's colour is, 0 to 100: its change relative to the largest in its column."""
     largest = max((abs(other.change) for other in cells if math.isfinite(other.change)), default=0.0)
     return round(100 * abs(cell.change) / largest) if largest and math.isfinite(cell.change) else 0
