@@ -201,9 +201,8 @@ def comparison(store: Store, artifacts: ArtifactStore, job_ids: Iterable[int]) -
 
 def finished_job(store: Store, artifacts: ArtifactStore, job_id: int) -> FinishedJob:
     """A finished job with its report. Raises JobNotFound; WrongState while it has none."""
-    result = result_of(store, job_id)
-    content = artifacts.read_report(result.stored)
-    return FinishedJob(job_id=job_id, spec=result.job.spec, report=content)
+    job, stored = result_of(store, job_id)
+    return FinishedJob(job_id=job_id, spec=job.spec, report=artifacts.read_report(stored))
 
 
 def base_hash(report: Report) -> str | None:

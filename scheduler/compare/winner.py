@@ -196,7 +196,7 @@ def sweep_comparison(store: Store, artifacts: ArtifactStore, sweep_id: int, user
         )
     order = comparison(store, artifacts, finished)
     best = order.best.job_id
-    final = look(store, artifacts, best, result_of(store, best).stored, user) if sweep.ended else None
+    final = look(store, artifacts, best, result_of(store, best)[1], user) if sweep.ended else None
     return SweepComparison(sweep=sweep, comparison=order, final=final)
 
 

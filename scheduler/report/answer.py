@@ -74,14 +74,6 @@ def seen(store: Store, job_id: int, content: Mapping[str, Any] | None) -> FinalR
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobResult:
-    """A job that has succeeded, and where its files are."""
-
-    job: Job
-    stored: Binding
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationReport:
     """What the trainer measured of base and tuned model."""
 
@@ -98,18 +90,19 @@ class EvaluationReport:
 
 def report(store: Store, artifacts: ArtifactStore, job_id: int, user: str) -> EvaluationReport:
     """The report of a finished job, for `user`. Raises JobNotFound, WrongState, ArtifactError."""
-    result = result_of(store, job_id)
-    content = artifacts.read_report(result.stored)
-    final = look(store, artifacts, job_id, result.stored, user) if result.job.sweep_id is None else None
-    return EvaluationReport(job_id=job_id, user=result.job.user, content=content, final=final)
+    job, stored = result_of(store, job_id)
+    content = artifacts.read_report(stored)
+    final = look(store, artifacts, job_id, stored, user) if job.sweep_id is None else None
+    return EvaluationReport(job_id=job_id, user=job.user, content=content, final=final)
 
 
 def report_page(store: Store, artifacts: ArtifactStore, job_id: int) -> bytes:
     """The report as an HTML page in which nothing runs. Raises JobNotFound, WrongState, ArtifactError."""
-    return guarded(artifacts.read_bytes(result_of(store, job_id).stored, "report.html"), job_id)
+    _, stored = result_of(store, job_id)
+    return guarded(artifacts.read_bytes(stored, "report.html"), job_id)
 
 
-def result_of(store: Store, job_id: int) -> JobResult:
+def result_of(store: Store, job_id: int) -> tuple[Job, Binding]:
     """The job and the place of its verified result. Raises JobNotFound; WrongState while there is no result."""
     job = store.jobs.get(job_id)
     if job.status is not Status.SUCCEEDED:
@@ -121,4 +114,4 @@ def result_of(store: Store, job_id: int) -> JobResult:
             f"job {job_id} no longer has a result: it was removed",
             f"loractl status {job_id} says who and when",
         )
-    return JobResult(job=job, stored=result_binding(store, job))
+    return job, result_binding(store, job)

@@ -65,8 +65,8 @@ class Repetition:
 def repetition(store: Store, artifacts: ArtifactStore, settings: Settings, job_id: int) -> Repetition:
     """How a finished job would run again. Raises JobNotFound, WrongState without a result, and what plan_repetition
     raises."""
-    result = result_of(store, job_id)
-    return plan_repetition(result.job, artifacts.read_report(result.stored), store, settings)
+    job, stored = result_of(store, job_id)
+    return plan_repetition(job, artifacts.read_report(stored), store, settings)
 
 
 def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Settings) -> Repetition:

@@ -44,18 +44,6 @@ SETTLED_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunningJob:
-    """A running job in numbers."""
-
-    job_id: int
-    node: str
-    user: str
-    progress: float | None  # 0..1
-    lease_ends_at: dt.datetime | None
-    reserved: Mapping[str, int]  # bytes, by card: on several cards, those of each
-
-
-@dataclass(frozen=True, kw_only=True)
 class LabCensus:
     """The lab at one moment."""
 
@@ -64,7 +52,7 @@ class LabCensus:
     oldest_ready: dt.datetime | None
     round_at: dt.datetime | None  # when a node last made the round for all
     devices: Sequence[DeviceState]
-    running: Sequence[RunningJob]
+    running: Sequence[tuple[Job, Mapping[str, int]]]  # and the bytes reserved for it, by card
     traffic: Sequence[ChannelTraffic]  # of messages
     card_hours: Mapping[str, float]  # of all ended attempts ever, by user
 
@@ -82,9 +70,7 @@ def lab_census(store: Store) -> LabCensus:
         oldest_ready=store.jobs.oldest_ready(),
         round_at=view.round_at,
         devices=fleet_of(view).devices,
-        running=[
-            _read_running(job, reserved.get(job.job_id, {})) for job in list(view.running.values())[:MOST_RUNNING]
-        ],
+        running=[(job, reserved.get(job.job_id, {})) for job in list(view.running.values())[:MOST_RUNNING]],
         traffic=store.outbox.traffic(),
         card_hours=store.usage.card_hours(),
     )
@@ -95,18 +81,6 @@ def runs_since(store: Store, since: dt.datetime) -> tuple[Sequence[tuple[Attempt
     they are known."""
     until = max(since, store.now() - dt.timedelta(seconds=SETTLED_S))
     return store.attempts.runs(since, until), until
-
-
-def _read_running(job: Job, reserved: Mapping[str, int]) -> RunningJob:
-    share = job.step / job.total_steps if job.step is not None and job.total_steps else None
-    return RunningJob(
-        job_id=job.job_id,
-        node=job.node or "",
-        user=job.user,
-        progress=share,
-        lease_ends_at=job.lease_expires_at,
-        reserved=reserved,
-    )
 
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -278,17 +252,17 @@ def _usage(census: LabCensus) -> Iterator[Metric]:
 
 
 def _running(census: LabCensus) -> Iterator[Metric]:
-    jobs = [(job, {"job_id": str(job.job_id), "card": job.node}) for job in census.running]
-    progress = [(labels, job.progress) for job, labels in jobs if job.progress is not None]
+    jobs = [(job, {"job_id": str(job.job_id), "card": job.node or ""}) for job, _ in census.running]
+    progress = [(on, job.step / job.total_steps) for job, on in jobs if job.step is not None and job.total_steps]
     what = "How far a running job is, 0 to 1; one series a job, with its first card if it has several"
     yield _gauge("loractl_job_progress_ratio", what, progress)
-    leases = [(labels, job.lease_ends_at.timestamp()) for job, labels in jobs if job.lease_ends_at is not None]
+    leases = [(on, job.lease_expires_at.timestamp()) for job, on in jobs if job.lease_expires_at is not None]
     what = "When a running job's lease ends unless its worker says something before; one series a job, as its progress"
     yield _gauge("loractl_job_lease_end_timestamp_seconds", what, leases)
     parts = [
         ({"job_id": str(job.job_id), "host": card.rpartition(":")[0], "card": card}, float(size))
-        for job in census.running
-        for card, size in job.reserved.items()
+        for job, reserved in census.running
+        for card, size in reserved.items()
     ]
     what = "Bytes that a running job's plan reserves of a card; one series for each card of a job on several"
     yield _gauge("loractl_job_reserved_bytes", what, parts)

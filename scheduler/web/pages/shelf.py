@@ -106,7 +106,7 @@ class ReportShelf:
 
     def _read_file(self, job_id: int, name: str) -> bytes:
         artifacts = self._artifacts = self._artifacts or self._open()
-        stored = result_of(self._store, job_id).stored
+        _, stored = result_of(self._store, job_id)
         file = artifacts.manifest(stored).get(name)
         if file is not None and file.size > LARGEST:
             raise ArtifactError(f"{name} of job {job_id} is too large for a page: {file.size} bytes")
