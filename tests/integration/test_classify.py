@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loractl.common.data.inspection import Leaks
 from loractl.common.job.method import Method
+from loractl.common.job.sections import DataFormat, DatasetSpec
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.model_card import Published, hub_card
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.lora import add_adapter
-from loractl.worker.base.model import Head, load_base, load_tokenizer
+from loractl.worker.base.model import Head, Learner, load_base, load_tokenizer
 from loractl.worker.data.prepared import prepare_data
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.evaluation.classifier import classify, row_losses
+from loractl.worker.evaluation.classifier import classify, evaluate_classifier, row_losses
 from loractl.worker.protocol.messages import Ended, Note, Stepped
 
 from ..conftest import Cli
@@ -166,6 +170,31 @@ def test_a_row_is_answered_alike_alone_in_a_batch_and_with_padding_on_either_sid
     assert np.ptp(alone[:, 0]) > 0.01, "the rows differ"
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(left, alone, atol=1e-4)
+
+
+def test_held_out_texts_that_resemble_trained_ones_are_measured_apart(tiny_model: Path, tmp_path: Path) -> None:
+    """Such rows were part of the verdict as any other: a classifier that knew 38 of 40 texts by heart was better."""
+    tokenizer, texts = load_tokenizer(str(tiny_model)), list(map(_text, range(60)))
+    files = [tmp_path / "train.csv", tmp_path / "held-out.csv"]
+    known = [(f"hello there, {text}, thanks a lot", label) for text, label in texts[:19]]
+    for file, rows in zip(files, (texts[:40], [*known, *texts[40:]]), strict=True):
+        file.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
+    dataset = DatasetSpec(path=str(files[0]), eval_path=str(files[1]), format=DataFormat.CLASSIFICATION)
+    data = prepare_data(dataset, str(files[0]), str(files[1]), None, tokenizer, None)
+    leaks = Leaks(data.held_out_examples)
+    leaks.see_all(data.train_examples)
+    precision = choose_precision("cpu", "float32")
+    learner = Learner(model=_tuned(tiny_model, Method.LORA), tokenizer=tokenizer, precision=precision)
+    found = evaluate_classifier(
+        learner, replace(data, given_away=tuple(leaks.rows)), _spec(tiny_model), check_stop=lambda: None
+    )
+    assert found.given_away == 19 and found.rows == 39
+    assert next(metric.cases for metric in found.metrics if metric.name == "new_rows_loss") == 20
+
+
+def _text(number: int) -> tuple[str, str]:
+    draw = random.Random(number)
+    return " ".join("".join(draw.choices("abcdefghij", k=6)) for _ in range(12)), LABELS[number % 3]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -26,7 +26,7 @@ from loractl.worker.data.tokens import TokenRow
 from .comparison import Array
 from .confusion import Labels, label_metrics
 from .evaluation import Evaluation, counter
-from .row_losses import LOSS
+from .row_losses import LOSS, NEW_ROWS_LOSS
 
 BASELINE = "the most frequent label"
 
@@ -56,9 +56,14 @@ def evaluate_classifier(
         base=[majority] * len(rows),
         tuned=logits.argmax(1).tolist(),
     )
-    wanted = Metric.LABELS in spec.evaluation.metrics
+    wanted, each = Metric.LABELS in spec.evaluation.metrics, np.ones(len(rows))
+    given_away = np.isin([row.number for row in rows], data.given_away)
+    metrics = [LOSS.compare(*losses, each)]
+    if given_away.any() and not given_away.all():
+        new = ~given_away
+        metrics.append(NEW_ROWS_LOSS.compare(losses[0][new], losses[1][new], each[new]))
     return Evaluation(
-        metrics=[LOSS.compare(*losses, np.ones(len(rows)))] + (label_metrics(labels) if wanted else []),
+        metrics=metrics + (label_metrics(labels) if wanted else []),
         answers=[],
         rows=len(rows),
         seconds=time.monotonic() - began,
@@ -69,6 +74,7 @@ def evaluate_classifier(
         labels=labels if wanted else None,
         baseline=f"{BASELINE}, {data.label_names[majority]}",
         against=BASELINE,
+        given_away=int(given_away.sum()),
     )
 
 
