@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from loractl.common.artifacts import ArtifactStore, Binding
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
+from loractl.common.settings import load_settings
 from loractl.worker.evaluation.comparison import Compared
+from loractl.worker.serving.library import Library, Listed
 from loractl.worker.serving.matrix.matrix import Matrix, MatrixRow, reading
-from loractl.worker.serving.matrix.scores import ACCURACY, LOSS, MEASURES, Task
+from loractl.worker.serving.matrix.scores import ACCURACY, LOSS, MEASURES, Task, learned_before
 from loractl.worker.serving.matrix.view import matrix_page, matrix_text
+
+from ..models import write_helpdesk
+from ..unit.factories import spec, submission
 
 
 def cell(change: float, spread: float = 0.1, cases: int = 20, measure: str = LOSS) -> Compared:
@@ -79,3 +89,24 @@ def test_the_page_escapes_names_and_fetches_nothing() -> None:
     page = matrix_page(matrix(row("<b>red</b>", 1.0)))
     assert "&lt;b&gt;red&lt;/b&gt;" in page and "<b>red</b></b>" not in page
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_what_the_adapters_before_one_were_trained_on_counts_too(home: Path, tmp_path: Path) -> None:
+    library = Library(load_settings({"LORACTL_HOME": str(home)}))
+    store, artifacts = library.store, ArtifactStore(library.settings.artifacts_url)
+    rows = write_helpdesk(tmp_path / "rows.jsonl", 24)
+    stored = dict(zip(("uri", "sha256"), artifacts.put_dataset(rows), strict=True))
+    for begun in (None, "1", "2"):
+        asked = spec(lora={"init_from": begun}, dataset={"path": str(rows), "test_size": 0.25}, method="lora")
+        store.jobs.submit(replace(submission(), spec=asked, data={"path": stored}))
+    warned: list[str] = []
+    listed = Listed(
+        job_id=3, attempt=1, name="third", method=Method.LORA, size=1, created=1, data={},
+        spec=JobSpec.model_validate(store.jobs.get(3).spec), stored=Binding(prefix="p", manifest_sha256=None),
+    )  # fmt: skip
+    assert [one.job_id for one in library.before(listed)] == [2, 1]
+    assert len(learned_before("third", listed, library, warned.append)) == 18 and not warned
+    for file in home.rglob(f"{stored['sha256']}*"):
+        file.unlink()
+    assert learned_before("third", listed, library, warned.append) == set()
+    assert warned[0].startswith("third was begun from another adapter, and what that one was trained on is not known: ")

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,6 +202,14 @@ class Library:
             return named
         folder = self._settings.cache_dir / "datasets"
         return str(self._artifacts.fetch_dataset(stored["uri"], stored["sha256"], folder))
+
+    def before(self, adapter: Listed) -> Iterator[Listed]:
+        """Those from which it was begun, the last one first, with their jobs' specs and data alone: their files may be
+        gone. Raises JobNotFound."""
+        number = adapter.job_id
+        while (ancestor := self._store.adapters.ancestors([number]).get(number)) is not None:
+            job = self._store.jobs.get(number := ancestor)
+            yield replace(adapter, job_id=number, spec=JobSpec.model_validate(job.spec), data=job.data)
 
     def revision(self, adapter: Listed) -> str | None:
         """The revision of the base to load; if the job named none for a hub id, the commit of its training."""

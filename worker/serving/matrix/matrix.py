@@ -133,7 +133,7 @@ def measure(
     named, files = _named(options.adapters, library), _files(options.data)
     pool = _open(library, list(named.values()), options, tell, warn)
     wanted = asked_for(options.rows, options.samples, options.max_new_tokens, options.batch)
-    own = {name: task_of(name, listed, library, pool, wanted) for name, listed in named.items()}
+    own = {name: task_of(name, listed, library, pool, wanted, warn) for name, listed in named.items()}
     tasks = [task for task, _ in own.values()]
     if files:
         tasks = [task_from_file(name, path, pool, wanted) for name, path in files.items()]

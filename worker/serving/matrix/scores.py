@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import numpy as np
 from loractl.common.data.formats import detect_format, parse_examples
 from loractl.common.data.rows import read_rows
 from loractl.common.data.split import distinct
-from loractl.common.errors import UsageError
+from loractl.common.errors import ArtifactError, DataError, JobNotFound, UsageError
 from loractl.common.job.method import Method
 from loractl.common.job.sections import DatasetSpec, EvaluationSpec, Metric, Overflow
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import positions_of
-from loractl.worker.data.prepared import PreparedData, prepare_data
+from loractl.worker.data.prepared import PreparedData, prepare_data, rows_taught
 from loractl.worker.data.prompt import templated
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.token_set import TokenSet, fit_examples
@@ -64,18 +66,33 @@ class Scores:
 
 
 def task_of(
-    name: str, adapter: Listed, library: Library, pool: AdapterPool, asked: EvaluationSpec
+    name: str, adapter: Listed, library: Library, pool: AdapterPool, asked: EvaluationSpec, warn: Callable[[str], None]
 ) -> tuple[Task, set[int]]:
-    """The rows that an adapter's job held out, and the likenesses of those that it trained on."""
-    dataset = adapter.spec.dataset
-    path, held_path = library.data_file(adapter, "path"), library.data_file(adapter, "eval_path")
-    assert path is not None
+    """The rows that an adapter's job held out, and the likenesses of those that it, or one before it, trained on."""
+    dataset, paths = adapter.spec.dataset, _paths(adapter, library)
     cache, tokenizer = library.settings.cache_dir, templated(pool.tokenizer, dataset.template)
-    keys = (f"more.{number}" for number in range(len(dataset.more)))
-    more = [place for key in keys if (place := library.data_file(adapter, key)) is not None]
-    data = prepare_data(dataset, path, held_path, None, tokenizer, cache, more)
+    more = [paths[f"more.{number}"] for number in range(len(dataset.more))]
+    data = prepare_data(dataset, paths["path"], paths.get("eval_path"), None, tokenizer, cache, more)
     spec = adapter.spec.model_copy(update={"evaluation": asked})
-    return _task(name, data, spec, tokenizer, pool.model), {e.likeness() for e in data.train_examples}
+    own = {e.likeness() for e in data.train_examples}
+    return _task(name, data, spec, tokenizer, pool.model), own | learned_before(name, adapter, library, warn)
+
+
+def learned_before(name: str, adapter: Listed, library: Library, warn: Callable[[str], None]) -> set[int]:
+    """The likenesses of what the adapters were trained on from which this one was begun."""
+    found = set[int]()
+    try:
+        for one in library.before(adapter):
+            found |= set(rows_taught(one.spec.dataset, _paths(one, library)).likenesses)
+    except (ArtifactError, JobNotFound, DataError, TrainingFailed) as error:
+        warn(f"{name} was begun from another adapter, and what that one was trained on is not known: {error.sentence}")
+    return found
+
+
+def _paths(adapter: Listed, library: Library) -> dict[str, str]:
+    """Where its rows to train on and to hold out are, by the names of JobSpec.data_sets."""
+    keys = [key for key in adapter.spec.data_sets() if key not in ("final_path", "regression")]
+    return {key: path for key in keys if (path := library.data_file(adapter, key)) is not None}
 
 
 def task_from_file(name: str, path: Path, pool: AdapterPool, asked: EvaluationSpec) -> Task:
