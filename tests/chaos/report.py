@@ -70,9 +70,10 @@ page of one run. `make test-long` does the same for about a minute.
 
 ## Faults, and successes in spite of them
 
-What was committed while a fault of each kind was active anywhere in the lab; several may be active at the same time. A
-fault is active until it is healed and what it killed is back, but at most {BACK_AT_LAST_S:.0f} s after it is healed. If
-one kind of operation never succeeded during a fault, the run proves nothing and fails.
+Operations (submits, claims, heartbeats, checkpoints, finishes) that were committed while a fault of each kind was
+active anywhere in the lab; several may be active at once. A fault is active until it is healed and what it killed is
+back, but at most {BACK_AT_LAST_S:.0f} s after it is healed. If one kind of operation never succeeded during a fault,
+the run fails.
 
 {chr(10).join(_successes(outcome))}
 
@@ -133,16 +134,10 @@ def _successes(outcome: Outcome) -> list[str]:
     """Each fault: how often it struck, and, where it lasted, what succeeded meanwhile."""
     spans = outcome.history.spans
     counts = tally(outcome.history.changes, spans)
-    head = (
-        "fault",
-        "times",
-        "active, s",
-        *(f"{operation}s" if operation != "finish" else "finishes" for operation in OPERATIONS),
-    )
 
     def row(kind: str, times: str, seconds: str) -> str:
-        done = [str(counts[kind][operation]) for operation in OPERATIONS] if kind in counts else [""] * len(OPERATIONS)
-        return f"| {' | '.join((kind, times, seconds, *done))} |"
+        done = str(counts[kind].total()) if kind in counts else ""
+        return f"| {kind} | {times} | {seconds} | {done} |"
 
     def active(kind: str) -> str:
         return f"{sum((span.end - span.start).total_seconds() for span in spans if span.kind == kind):.0f}"
@@ -150,7 +145,9 @@ def _successes(outcome: Outcome) -> list[str]:
     had = (kind for kind in DECK if kind not in outcome.lacks)
     kinds = [row(kind, str(outcome.faults[kind]), active(kind) if kind in counts else "") for kind in had]
     both = (row(NO_FAULT, "", ""), row(ANY_FAULT, str(outcome.faults.total()), ""))
-    return [f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *both, *kinds]
+    each = ", ".join(f"{operation} {counts[ANY_FAULT][operation]}" for operation in OPERATIONS)
+    head = ["| fault | times | active, s | operations |", "| --- | --- | --- | --- |"]
+    return [f"While any fault was active: {each}.", "", *head, *both, *kinds]
 
 
 def _recovery(outcome: Outcome) -> list[str]:

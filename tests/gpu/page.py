@@ -8,36 +8,26 @@ from .experiments import EXPERIMENTS
 from .rig import Figure
 
 WHAT_IT_IS = """\
-`make gpu` takes at most 8 minutes on one card of 40 GiB or more, plus the time to write 35 GB of models with random
-weights. After three minutes, the first six experiments have shown whether it works, how fast, and with how much memory.
-If time runs short, the last experiments are left out. `make gpu GPU=long` takes up to 40 minutes and 45 GB: speeds at
-8B, LoRA at 8B, and the plans of all families. It writes this page, and exits non-zero if a line is not as it should be.
+`make gpu` takes at most 8 minutes on one card of 40 GiB or more, plus the time to write 35 GB of random models. After
+three minutes, the first six experiments have shown whether it works, how fast, and in how much memory. If time runs
+short, the last are left out. `make gpu GPU=long` takes up to 40 minutes and 45 GB: speeds and LoRA at 8B, and plans of
+all families. It writes this page, and exits non-zero if a line is not as it should be.
 
-For a box without network: on a machine with network and with the same Python and kind of processor, `make wheels`
-downloads all packages into `wheels/`. Copy that folder into the clone on the box, and `make gpu` installs from nothing
-else. If `liger-kernel` is in `.venv` (`pip install liger-kernel`), the Trainer is also measured with its kernels.
+For a box without network, run `make wheels` on a machine with network and the same Python and kind of processor, and
+copy `wheels/` into the clone on the box. With `liger-kernel` in `.venv` the Trainer is also measured with its kernels.
 """
 
 SEVERAL = """\
 ## Several cards: never run
 
-`make gpu` uses one card. On a box with two, this shows what a processor can't, each line next to one card's training:
+On a box with two cards this shows, next to one card's training, whether NCCL adds gradients and `fully_shard` trains
+over NF4 with the same losses, how fast a step is, and how much the fullest card holds beside the plan:
 
     python -m benchmarks.gang MODEL --cards 2
 
-- whether NCCL adds up gradients and distributes weights between processes that each see only their own card;
-- whether `fully_shard` trains over NF4 on CUDA, block by block, with the same losses as one card;
-- how fast a step is with the whole base on each card, and with a part of it;
-- how much the fullest card holds, compared with what `loractl plan` says.
-
-It remains to check that no rank hangs in a kernel that waits for a dead rank: submit a job with
-`--set resources.cards=2`, end its second process by `kill -9`, and check that `nvidia-smi` shows neither process, and
-that the job continues from its checkpoint.
-
-In a container NCCL may lack shared memory: Docker gives it 64 MiB (`--shm-size`). The job then says that its link
-broke, and its log has NCCL's own message. NCCL's buffers are in the plan, but not in a trainer's limit.
-
-The same lines on a processor, over gloo, are in [engine.md](engine.md#several-cards).
+Then submit a job with `--set resources.cards=2` and end its second process by `kill -9`: `nvidia-smi` must show
+neither process, and the job must continue from its checkpoint. In a container give NCCL shared memory
+(`--shm-size=1g`): Docker's 64 MiB may break the link, and the job's log then has NCCL's message.
 """
 
 SUSPECTED = """\
@@ -45,16 +35,13 @@ SUSPECTED = """\
 
 From the libraries' sources. Look here if a figure is not as it should be:
 
-- Micro-batches copy their tokens from memory that is not pinned: this may limit a step of few tokens.
-- bitsandbytes waits for the card after each tensor of its 8-bit optimizers, whether they page or not.
-- The one kernel for rows of any length (`torch.nn.attention.varlen`) adds up in no fixed order backwards, so two runs
-  may differ in bits, and holds some 0.1 GiB more at 8B with 4 rows of 1,024 tokens, which the plan leaves to its
-  margin.
-- A context grows as kernels are loaded. A training may load more of them than the self-test, and so exceed its
-  reservation.
-- If flash attention does not run (cards before Ampere, `dtype: float32`, heads of more than 192 numbers on a 3090 or
-  4090), torch 2.13 has only plain products for heads that share keys and values. So these are repeated for each head,
-  and torch should take its efficient kernel.
+- Micro-batches copy their tokens from memory that is not pinned, which may limit a step of few tokens.
+- bitsandbytes waits for the card after each tensor of its 8-bit optimizers.
+- The kernel for rows of any length (`torch.nn.attention.varlen`) adds up in no fixed order backwards: two runs may
+  differ in bits. At 8B it holds some 0.1 GiB more, which the plan leaves to its margin.
+- A context grows with the kernels that are loaded, and so a training may exceed its reservation.
+- Without flash attention (cards before Ampere, `dtype: float32`, heads of more than 192 numbers on a 3090 or 4090)
+  shared keys and values are repeated for each head, so that torch 2.13 can take its efficient kernel.
 - The experts of a mixture in 16 bits are joined on the card: loading may take a layer more than the weights.
 """
 
@@ -69,9 +56,8 @@ def page(
     if card is None:
         asked = "\n".join(f"- {name}. {EXPERIMENTS[name].asks}" for name in figures)
         why = (
-            "After this page you can check on a real card what a processor can't show: whether its kernels, its\n"
-            "memory and its driver do what loractl relies on. There are no figures yet: no machine with a card was\n"
-            "available."
+            "After this page you can check on a real card what a processor can't show: whether its kernels, memory\n"
+            "and driver do what loractl relies on. There are no figures yet: no card was available."
         )
         return f"{NEVER}\n\n{why}\n\n{WHAT_IT_IS}\nThe experiments:\n\n{asked}\n\n{SUSPECTED}\n{SEVERAL}"
     wrong = sum(not figure.ok for part in figures.values() for figure in part)
