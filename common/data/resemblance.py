@@ -111,7 +111,7 @@ class Resemblance:
         self._same: dict[int, int] = {}  # hash of all words: the place of the first such row
         self._rows = array("I", bytes(4 * _BUCKETS))  # how many rows have a word, by its hash
         self._count = 0
-        self._near: dict[int, list[_Near]] = {}  # by place
+        self._near: dict[int, list[tuple[int, _Near]]] = {}  # by place, with the pairs that they share
         pairs: list[tuple[int, int]] = []
         for place, example in enumerate(held_out):
             if words := folded_words(asked_of(example)):
@@ -143,8 +143,11 @@ class Resemblance:
         self._counted(words)
         if words and (same := self._same.get(hash(tuple(words)))) is not None:
             self._found.setdefault(same, example.number)
+        row: _Near | None = None
         for place, hits in self._sharing(words).most_common(MOST_CANDIDATES):
-            self._keep(place, hits, example, words)
+            if self._is_nearer(place, hits):
+                row = row or _Near.of(example, words)
+                self._near[place].append((hits, row))
             if (
                 self._scores
                 and hits >= SHARED * self._indexed[place]
@@ -157,23 +160,23 @@ class Resemblance:
         for word in _hashes({*words}):
             self._rows[word % _BUCKETS] += 1
 
-    def _keep(self, place: int, hits: int, example: Example, words: Sequence[str]) -> None:
+    def _is_nearer(self, place: int, hits: int) -> bool:
+        """Whether a row that shares this many pairs is among the nearest so far, which has then room for it."""
         near = self._near.setdefault(place, [])
         if len(near) == KEPT:
-            least = min(near, key=lambda other: other.hits)
-            if least.hits >= hits:
-                return
+            least = min(near, key=itemgetter(0))
+            if least[0] >= hits:
+                return False
             near.remove(least)
-        answer = _answer(example)
-        near.append(_Near(hits=hits, number=example.number, words=_hashes(words), digits=_digits(words), answer=answer))
+        return True
 
-    def _contains(self, place: int, near: Sequence[_Near]) -> int | None:
+    def _contains(self, place: int, near: Sequence[tuple[int, _Near]]) -> int | None:
         """The number of the row that has the held-out row's words, or the other way round; None without one."""
         asked = folded_words(asked_of(self._held_out[place]))
         ordered = _hashes(asked)
         words, digits = {*ordered}, {*_digits(asked)}
         whole = self._weight(words)
-        shared = sorted(((self._weight(words.intersection(row.words)), row) for row in near), key=itemgetter(0))
+        shared = sorted(((self._weight(words.intersection(row.words)), row) for _, row in near), key=itemgetter(0))
         weight, row = shared[-1]
         other = {*row.words}
         theirs = self._weight(other)
@@ -236,11 +239,14 @@ class Resemblance:
 class _Near:
     """A row to train on that shares rare pairs of words with a held-out row."""
 
-    hits: int
     number: int
     words: array[int]  # all of them, in order
     digits: array[int]  # those words that have a digit
     answer: array[int]  # all words of its answer, in order
+
+    @classmethod
+    def of(cls, example: Example, words: Sequence[str]) -> _Near:
+        return cls(number=example.number, words=_hashes(words), digits=_digits(words), answer=_answer(example))
 
 
 def _hashes(words: Iterable[str]) -> array[int]:
