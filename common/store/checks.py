@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from sqlalchemy import Column, Connection, Engine, Table, func, insert, inspect, select, text, update
@@ -73,10 +75,27 @@ def release(connection: Connection, names: Collection[str] | None = None) -> Non
             bring(connection, Base.metadata.tables[name], [])
 
 
+def release_columns(connection: Connection, table: str, columns: Collection[str]) -> None:
+    """Take the bounds of these columns away, which can be dropped then; those of the others go on to hold. PostgreSQL
+    does so by itself."""
+    if connection.dialect.name != "sqlite":
+        return
+    held = _held_sqlite(connection, table)
+    _write_sqlite(connection, table, {name: sql for name, sql in held.items() if _column_of(name) not in columns})
+    _drop_triggers(connection, table, [name for name in held if _column_of(name) in columns])
+
+
 def bring(connection: Connection, table: Table, wanted: Sequence[Bound]) -> int:
     """Give the table these bounds and no others; returns how many values went to quarantine."""
     by = _bring_sqlite if connection.dialect.name == "sqlite" else _bring_postgres
     return by(connection, table, wanted)
+
+
+def _unasked(check: Bound, before: str, dialect: str) -> Bound:
+    """The check, or what of it `before`, that of the same column until now, has not asked of every row already: to look
+    into every part of 100,000 specs takes ten seconds."""
+    added = cast(Bounded, check.column.type).added(f'"{check.column.name}"', dialect, before) if before else None
+    return check if added is None else replace(check, deep=added)
 
 
 def quarantined(engine: Engine) -> int:
@@ -93,6 +112,7 @@ def _bring_postgres(connection: Connection, table: Table, wanted: Sequence[Bound
     names, asked_each_time = {name for name, _ in held}, {name for name, calls in held if calls}
     new = [check for check in wanted if check.name not in names - asked_each_time]
     old = (names - {check.name for check in wanted}) | asked_each_time
+    before = _asked_until_now(connection, table)
     if old:
         drops = ", ".join(f'DROP CONSTRAINT "{name}"' for name in sorted(old))
         connection.exec_driver_sql(f"ALTER TABLE {table.name} {drops}")
@@ -100,14 +120,11 @@ def _bring_postgres(connection: Connection, table: Table, wanted: Sequence[Bound
             connection.exec_driver_sql(f'DROP TRIGGER IF EXISTS "{name}" ON {table.name}')
     if not new:
         return 0
-    for check in new:
-        if check.deep:
-            kind = "json" if isinstance(check.column.type, Json) else "text"
-            connection.exec_driver_sql(
-                _FITS.format(name=_function(check), argument=check.column.name, type=kind, asks=check.deep)
-            )
+    unasked = {check: _unasked(check, before.get(check.column.name, ""), "postgresql") for check in new}
+    _make_functions(connection, unasked.values())
     # what a check of this name has asked each time holds for every row
-    moved = _clean(connection, table, {check: _asked(check) for check in new if check.name not in names}, "ctid")
+    moved = _clean(connection, table, {c: _asked(unasked[c]) for c in new if c.name not in names}, "ctid")
+    _make_functions(connection, new)
     adds = ", ".join(f'ADD CONSTRAINT "{check.name}" CHECK ({check.sql})' for check in new)
     connection.exec_driver_sql(f"ALTER TABLE {table.name} {adds}")
     connection.exec_driver_sql(_REFUSE)
@@ -119,6 +136,28 @@ def _bring_postgres(connection: Connection, table: Table, wanted: Sequence[Bound
                 " EXECUTE FUNCTION loractl_refuse()"
             )
     return moved
+
+
+def _make_functions(connection: Connection, checks: Iterable[Bound]) -> None:
+    for check in checks:
+        if check.deep:
+            kind = "json" if isinstance(check.column.type, Json) else "text"
+            connection.exec_driver_sql(
+                _FITS.format(name=_function(check), argument=check.column.name, type=kind, asks=check.deep)
+            )
+
+
+def _asked_until_now(connection: Connection, table: Table) -> dict[str, str]:
+    """What the table's triggers ask, by column."""
+    found = connection.execute(text(_LOOKS), {"table": table.name, "ours": _PREFIX})
+    return {_column_of(name): source for name, source in found}
+
+
+_LOOKS = """
+SELECT tgname, prosrc FROM pg_trigger, pg_proc
+WHERE tgrelid = CAST(:table AS regclass) AND starts_with(tgname, :ours) AND pronamespace = 'public'::regnamespace
+AND proname = 'loractl_fits_' || CAST(:table AS text) || '_' || regexp_replace(tgname, '^ck_(.*)_[0-9a-f]{8}$', '\\1')
+"""
 
 
 _HELD = """
@@ -155,31 +194,56 @@ def _bring_sqlite(connection: Connection, table: Table, wanted: Sequence[Bound])
     """SQLite has no statement that adds a check. It keeps a table as the text that made it, and rows do not depend on
     their checks: so the text is written, as SQLite's own page on ALTER TABLE does it for changes that leave rows as
     they are. No row, key or index is touched, and nothing is deleted that another table refers to."""
-    written = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?"
-    before: str = connection.exec_driver_sql(written, (table.name,)).scalar_one()
-    own = before.partition(_MARK)[0] if _MARK in before else before.rstrip().removesuffix(")")
-    bounds = ", ".join(
-        f'CONSTRAINT "{check.name}" CHECK ("{check.column.name}" IS NULL OR ({check.sql}))' for check in wanted
-    )
-    after = f"{own}{_MARK}{bounds})" if wanted else f"{own})"
-    if after == before:
+    held = _held_sqlite(connection, table.name)
+    bounds = {
+        check.name: f'CONSTRAINT "{check.name}" CHECK ("{check.column.name}" IS NULL OR ({check.sql}))'
+        for check in wanted
+    }
+    if bounds == held:
         return 0
-    _drop_triggers(connection, table)
-    moved = _clean(connection, table, {check: check.whole for check in wanted}, "rowid")
-    version = connection.exec_driver_sql("PRAGMA schema_version").scalar_one()
-    connection.exec_driver_sql("PRAGMA writable_schema = ON")
-    connection.exec_driver_sql(
-        "UPDATE sqlite_master SET sql = ? WHERE type = 'table' AND name = ?", (after, table.name)
-    )
-    connection.exec_driver_sql(f"PRAGMA schema_version = {version + 1}")
-    connection.exec_driver_sql(
-        "PRAGMA writable_schema = RESET"
-    )  # reads the tables again: a wrong text is an error here
-    for check in wanted:
+    new = [check for check in wanted if bounds[check.name] != held.get(check.name)]  # the others hold for every row
+    gone = [name for name, sql in held.items() if bounds.get(name) != sql]
+    before = {_column_of(name): _trigger_of(connection, table.name, name) for name in gone}
+    _drop_triggers(connection, table.name, gone)
+    asked = {check: _unasked(check, before.get(check.column.name, ""), "sqlite").whole for check in new}
+    moved = _clean(connection, table, asked, "rowid")
+    _write_sqlite(connection, table.name, bounds)
+    for check in new:
         if check.deep:
             for when in ("INSERT", f'UPDATE OF "{check.column.name}"'):
                 connection.exec_driver_sql(_trigger(check, when))
     return moved
+
+
+def _text_of(connection: Connection, table: str) -> tuple[str, str]:
+    """A table's text: its own, and that of our bounds."""
+    written = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?"
+    own, _, ours = (
+        connection.exec_driver_sql(written, (table,)).scalar_one().rstrip().removesuffix(")").partition(_MARK)
+    )
+    return own, ours
+
+
+def _held_sqlite(connection: Connection, table: str) -> dict[str, str]:
+    """The bounds that the table has, by name."""
+    ours = _text_of(connection, table)[1]
+    return {bound.split('"')[1]: bound for bound in re.split(rf', (?=CONSTRAINT "{_PREFIX})', ours) if bound}
+
+
+def _write_sqlite(connection: Connection, table: str, bounds: Mapping[str, str]) -> None:
+    own = _text_of(connection, table)[0]
+    after = f"{own}{_MARK}{', '.join(bounds.values())})" if bounds else f"{own})"
+    version = connection.exec_driver_sql("PRAGMA schema_version").scalar_one()
+    connection.exec_driver_sql("PRAGMA writable_schema = ON")
+    connection.exec_driver_sql("UPDATE sqlite_master SET sql = ? WHERE type = 'table' AND name = ?", (after, table))
+    connection.exec_driver_sql(f"PRAGMA schema_version = {version + 1}")
+    connection.exec_driver_sql(
+        "PRAGMA writable_schema = RESET"
+    )  # reads the tables again: a wrong text is an error here
+
+
+def _column_of(bound: str) -> str:
+    return bound.removeprefix(_PREFIX).rpartition("_")[0]
 
 
 def _trigger(check: Bound, when: str) -> str:
@@ -193,10 +257,16 @@ def _trigger(check: Bound, when: str) -> str:
     )
 
 
-def _drop_triggers(connection: Connection, table: Table) -> None:
-    ours = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? AND name LIKE 'ck\\_%' ESCAPE '\\'"
-    for name in connection.exec_driver_sql(ours, (table.name,)).scalars().all():
-        connection.exec_driver_sql(f'DROP TRIGGER "{name}"')
+def _trigger_of(connection: Connection, table: str, bound: str) -> str:
+    """What the bound's trigger asks, about the column."""
+    written = "SELECT sql FROM sqlite_master WHERE type = 'trigger' AND name = ?"
+    told = connection.exec_driver_sql(written, (f"{bound}_{table}_insert",)).scalar() or ""
+    return told.replace(f'NEW."{_column_of(bound)}"', f'"{_column_of(bound)}"')
+
+
+def _drop_triggers(connection: Connection, table: str, bounds: Collection[str]) -> None:
+    for name, when in itertools.product(bounds, ("insert", "update")):
+        connection.exec_driver_sql(f'DROP TRIGGER IF EXISTS "{name}_{table}_{when}"')
 
 
 # --- values that are there, and may not be ---

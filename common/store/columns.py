@@ -21,7 +21,7 @@ from sqlalchemy.types import TypeEngine
 from loractl.common.text import REPLACEMENT, storable
 from loractl.common.units import KIB, LARGEST, LAST_NUMBER
 
-from .shapes import MOST, MOST_BYTES, JsonShape, fits_sql, is_number, labels
+from .shapes import MOST, MOST_BYTES, JsonShape, added_sql, fits_sql, is_number, labels
 
 FIRST_YEAR, LAST_YEAR = 2000, 9000
 """Of what happens in a lab."""
@@ -43,6 +43,10 @@ class Bounded:
     def fits(self, column: str, dialect: str) -> str:
         """What no check can ask besides, since it looks into every part of JSON; empty: nothing."""
         return ""
+
+    def added(self, column: str, dialect: str, before: str) -> str | None:
+        """What `fits` asks beyond `before`, an earlier one of the column; None: it may be anything."""
+        return None
 
     def can_hold(self, value: Any) -> bool:
         """`check` of a value in Python, where what is measured may have any."""
@@ -264,6 +268,9 @@ class Json(Bounded, JSON):
 
     def fits(self, column: str, dialect: str) -> str:
         return fits_sql(dialect, column, self.shape, null=self.null)
+
+    def added(self, column: str, dialect: str, before: str) -> str | None:
+        return None if self.null else added_sql(dialect, column, self.shape, before)
 
     def can_hold(self, value: Any) -> bool:
         return self.shape(value) or (value is None and self.null)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -259,12 +260,30 @@ class fields(JsonShape):  # noqa: N801
         )  # fmt: skip
 
     def sql(self, at: SqlValue) -> str:
-        parts = []
-        for name, shape in self.shapes.items():
-            one = at.member(name)
-            there = f"{one.type} IS NOT NULL AND ({shape.sql(one)})"
-            parts.append(f"({there})" if name in self.needed else f"(coalesce({one.type}, 'null') = 'null' OR {there})")
+        parts = [self.part(at, name) for name in self.shapes]
         return f"CASE WHEN {at.is_a('object')} THEN {' AND '.join(parts)} ELSE {at.never} END"
+
+    def part(self, at: SqlValue, name: str) -> str:
+        """What is asked about the value of this name."""
+        one = at.member(name)
+        there = f"{one.type} IS NOT NULL AND ({self.shapes[name].sql(one)})"
+        return f"({there})" if name in self.needed else f"(coalesce({one.type}, 'null') = 'null' OR {there})"
+
+    def only(self, names: Collection[str]) -> fields:
+        """The shape without the other names."""
+        return fields(tuple(n for n in self.needed if n in names), **{n: self.shapes[n] for n in names})
+
+
+def added_sql(dialect: str, column: str, shape: JsonShape, before: str) -> str | None:
+    """What the shape asks beyond `before`, a statement that asks the same without some of its fields; None: another."""
+    if not isinstance(shape, fields):
+        return None
+    of = SqlValue.of_column(dialect, column)
+    added = [name for name in shape.shapes if shape.part(of, name) not in before]
+    rest = shape.only([name for name in shape.shapes if name not in added])
+    if not added or fits_sql(dialect, column, rest, null=False) not in before:
+        return None
+    return shape.only(added).sql(of)
 
 
 def fits_sql(dialect: str, column: str, shape: JsonShape, *, null: bool) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from loractl.common.store.checks import release
+from loractl.common.store.checks import release_columns
 
 revision = "0051"
 down_revision = "0050"
@@ -28,9 +28,8 @@ _RETRIES = {
 
 
 def upgrade() -> None:
-    if op.get_bind().dialect.name == "sqlite":
-        release(op.get_bind(), list(_COLUMNS))  # a column that a check names can't be dropped
     for table, columns in _COLUMNS.items():
+        release_columns(op.get_bind(), table, columns)
         for name in columns:
             op.drop_column(table, name)
 

@@ -54,7 +54,7 @@ def test_a_function_of_a_module_is_used_by_more_than_tests() -> None:
     """What a decorator registers is called by a library: a command, a route, an event."""
     templates = [path for floor in FLOORS for path in (ROOT / floor).rglob("*") if path.suffix in (".jinja", ".mako")]
     used = {word for path in templates for word in re.findall(r"\w+", path.read_text("utf-8"))}
-    for path in (*MODULES, Path("migrations/env.py")):
+    for path in (*MODULES, *(path.relative_to(ROOT) for path in (ROOT / "migrations").rglob("*.py"))):
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Name | ast.Attribute):
                 used.add(node.id if isinstance(node, ast.Name) else node.attr)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from alembic import command
-from sqlalchemy import Engine, insert, inspect
+from sqlalchemy import Engine, insert, inspect, text
 
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import ValueRefused
 from loractl.common.job.method import Need
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.lines import QueueKey
-from loractl.common.store.checks import checks_of, hold, quarantined
+from loractl.common.store import shapes
+from loractl.common.store.checks import bring, checks_of, hold, quarantined
 from loractl.common.store.columns import Characters, Flag, Json, LineKey, Prose
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.records import Claim, Progress, StoredResult
@@ -334,6 +336,33 @@ def test_what_breaks_a_bound_goes_to_the_quarantine_and_its_row_stays(old_url: s
         assert (told.kind, told.text) == ("quarantine", 'planned was moved to the quarantine: {"lora": -7}')
         take(store)
         assert store.jobs.get(jobs["waits"].job_id).status is Status.QUEUED, "it is held, and not failed"
+
+
+def test_an_upgrade_asks_of_each_row_the_fields_alone_that_a_shape_has_gained(old_url: str) -> None:
+    """And finds what breaks them; what the shape asked before holds, as long as its trigger was there."""
+    with opened(old_url) as engine, migrating(engine) as connection:
+        hold(connection)
+        jobs, dialect = Base.metadata.tables["jobs"], engine.dialect.name
+        (now,) = (check for check in checks_of(jobs, dialect) if check.column.name == "spec")
+        kind = cast(Json, now.column.type)
+        shape = cast(shapes.fields, kind.shape)
+        fewer = shape.only([name for name in shape.shapes if name != "max_retries"])
+        before = dataclasses.replace(now, deep=shapes.fits_sql(dialect, '"spec"', fewer, null=False))
+        added = kind.added('"spec"', dialect, before.deep)
+        assert added is not None and "max_retries" in added and "notify" not in added
+        other = before.deep.replace("notify", "notifies")
+        assert [kind.added('"spec"', dialect, one) for one in (now.deep, other, "")] == [None] * 3, "all is asked"
+
+        bring(connection, jobs, [before if check == now else check for check in checks_of(jobs, dialect)])
+        waits = "FROM jobs WHERE name = 'waits'"
+        spec = json.loads(connection.exec_driver_sql(f"SELECT CAST(spec AS text) {waits}").scalar_one())
+        wrong = json.dumps({**spec, "max_retries": "two"})
+        connection.execute(text("UPDATE jobs SET spec = :wrong WHERE name = 'waits'"), {"wrong": wrong})
+        assert hold(connection) == 1 and hold(connection) == 0
+        assert connection.exec_driver_sql("SELECT value FROM quarantine").scalars().all() == [wrong]
+    with opened(old_url) as engine:
+        assert refused(engine, "jobs", "spec", '\'{"max_retries": "two"}\'')
+        assert refused(engine, "jobs", "spec", "'{\"notify\": 5}'"), "the whole shape is asked of what is written"
 
 
 ABSURD = Progress(
