@@ -103,11 +103,12 @@ def serve(kind: str, folder: str) -> None:
                 if connection is key.fileobj:
                     waiting.unregister(connection)
                     os.kill(pid, signal.SIGKILL)
+                    begun.pop(pid)  # it is on its way out: nobody has left it behind
             else:
                 waiting.unregister(key.fileobj)
                 os.close(key.fd)
                 pid, connection = children.pop(key.data)
-                del begun[pid]
+                begun.pop(pid, None)
                 with contextlib.suppress(KeyError):
                     waiting.unregister(connection)
                 with contextlib.suppress(OSError):
