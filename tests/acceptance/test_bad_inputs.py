@@ -300,7 +300,8 @@ def test_results_that_are_not_there_yet_are_refused_kindly(cli: Cli, tmp_path: P
     _answered(cli("report", 1, code=None), "job 1 has no result: it is queued", 1)
     _answered(cli("adapters", "pull", 1, tmp_path / "new", code=None), "it is queued", 1)
     _answered(cli("adapters", "pull", 1, tmp_path, code=None), "is not empty", 2)
-    _answered(cli("retry", 1, code=None), "only a failed or cancelled job", 1)
+    told = _answered(cli("retry", 1, code=None), "only a failed or cancelled job", 1)
+    assert told.endswith("Hint: loractl status 1 shows its state\n")
     assert "is cancelled" in cli("cancel", 1).stdout
     assert "is queued again" in cli("retry", 1).stdout
 

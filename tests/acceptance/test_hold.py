@@ -27,7 +27,7 @@ def test_a_job_is_held_with_a_reason_that_others_read_and_released(cli: Cli, tmp
     assert cli("release", 1).stdout == "Job 1 is released.\n"
     assert "held" not in cli("status").stdout
     refused = cli("release", 1, code=1).stderr
-    assert refused == "Error: job 1 is queued: nobody holds it\n"
+    assert refused == "Error: job 1 is queued: nobody holds it\nHint: loractl status 1 shows its state\n"
     assert "there is no job 9" in cli("hold", 9, code=3).stderr
 
 

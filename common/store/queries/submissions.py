@@ -269,9 +269,10 @@ def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None =
         if job.status is Status.QUEUED and job.held:
             raise WrongState(f"job {job_id} is held, and has not ended", f"loractl release {job_id} lets it start")
         if Status.QUEUED not in _after(job):
+            seen = f"loractl status {job_id} shows its state"
             done = f"loractl reproduce {job_id} runs it again, loractl submit --like {job_id} queues one like it"
             what = f"job {job_id} {job.status.in_words}: only a failed or cancelled job can be retried"
-            raise WrongState(what, done if job.status is Status.SUCCEEDED else None)
+            raise WrongState(what, done if job.status is Status.SUCCEEDED else seen)
         if (queued := _queue_again(tx, job, user)) is not None:
             return queued
         amendment = None  # it is in the row by now
@@ -289,7 +290,8 @@ def release(tx: Transaction, job_id: int, user: str) -> Job:
             anyway = f"loractl edit {job_id} --set after=[] lets it start anyway"
             raise WrongState(what, anyway if may_go_without(job.spec, job.awaits) else f"loractl why {job_id}")
         if job.status is not Status.QUEUED or not job.held:
-            again = f"loractl retry {job_id} queues it again" if Status.QUEUED in _after(job) else None
+            seen = f"loractl status {job_id} shows its state"
+            again = f"loractl retry {job_id} queues it again" if Status.QUEUED in _after(job) else seen
             raise WrongState(f"job {job_id} {job.status.in_words}: nobody holds it", again)
         if (queued := _queue_again(tx, job, user)) is not None:
             return queued
