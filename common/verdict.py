@@ -175,11 +175,15 @@ FEW_CUT = 0.1
 _SHARES = "the labels' shares alone have"
 _FREQUENT, _SHOWN = "the most frequent answer alone has", "the base with training examples in its prompt has"
 _COPIED = "the question repeated as the answer has"
+_FORM = "a rule by the form of the questions has"
+
+FORM = "cheap_form_accuracy"
 
 CHEAP = {
     _SHARES: ("cheap_loss", "cheap_accuracy"),
     _FREQUENT: ("cheap_rougeL", "cheap_exact_match"),
     _COPIED: ("copied_rougeL", "copied_exact_match"),
+    _FORM: (FORM,),
     _SHOWN: ("few_shot_loss", "few_shot_rougeL", "few_shot_exact_match", "few_shot_accuracy"),
 }
 """The tuned model against answers that cost no training. A gain over the base needs a gain over each of them in one
@@ -247,7 +251,7 @@ def report_verdict(
         if deciding is None and loss is every and (alike := _alike(every, given_away, new, said.reading)) is not None:
             said = _Said("cant_be_judged", f"{given_away} of {every['cases']} {rows} rows {resemble}{alike}")
             doubts = doubts[: len(doubts) - (new is not None)]
-        elif read_off:
+        elif read_off and FORM not in named:  # else it is compared with what they can be told by
             said = _Said("cant_be_judged", read_off)
         elif cheap := _unbeaten(named, deciding):
             said = _Said("no_better_than_cheap", cheap)
@@ -422,7 +426,8 @@ def _unbeaten(named: Mapping[str, Mapping[str, Any]], deciding: Mapping[str, Any
     cheap: Mapping[str, Sequence[str]] = CHEAP
     if deciding is not None:
         own = {_FREQUENT: "cheap", _COPIED: "copied", _SHOWN: "few_shot"}
-        cheap = {_SHARES: CHEAP[_SHARES], **{whose: (f"{kind}_{deciding['name']}",) for whose, kind in own.items()}}
+        measured = {whose: (f"{kind}_{deciding['name']}",) for whose, kind in own.items()}
+        cheap = {_SHARES: CHEAP[_SHARES], _FORM: CHEAP[_FORM], **measured}
     for whose, names in cheap.items():
         against = [named[name] for name in names if name in named]
         judged = [metric for metric in against if metric["reading"] not in ("too few cases", "not known")]

@@ -78,6 +78,8 @@ class Giveaway:
         self._held_out = held_out
         self.read_off = ""
         """A clause for the verdict once `findings` has run: how most held-out answers can be told; else empty."""
+        self.rule: FormRule | None = None
+        """The rule where that is by the questions' form."""
 
     def see(self, example: Example, question: int | None = None) -> None:
         self._sample.see(example)
@@ -105,12 +107,21 @@ class Giveaway:
             yield _given_away(place, sides)
         elif labels and (told := max((_agreed(sides, form), form) for form in _FORMS))[0] >= AGREEMENT:
             kind, what, hint = _FORMS[told[1]]
+            self.rule = FormRule(what=what, right=_told_right(told[1], *(side.rows for side in sides)))
             self.read_off = f"{what} of a question tell{'s' * (told[1] not in ('capitals', 'spaces'))} its label"
             text = f"{self.read_off}: the {NEAR} rows nearest in it guess it with a kappa of {told[0]:.2f}"
             text += "; if the label is about that, a rule without a model may do as well"
             yield Finding(level="warning", kind=kind, text=text, count=len(sides[0].rows), hint=hint)
         elif (finding := sides[0].task) is not None:
             yield finding
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormRule:
+    """A rule that tells labels by one number of a question's form, learned from rows to train on alone."""
+
+    what: str  # that it goes by
+    right: Mapping[int, bool]  # whether it tells the label of a held-out row, by number
 
 
 _FORMS = {
@@ -140,6 +151,22 @@ def _agreed(sides: Sequence[_Side], form: str) -> float:
     some = [side.rows for side in sides if len(side.rows) >= FEWEST_LENGTHS]
     rows = list(map(_with_signs, some)) if form in ("first", "last") else some
     return min((told_by(form, side) for side in rows), default=0.0)
+
+
+def _told_right(form: str, train: Sequence[_AskedRow], held: Sequence[_AskedRow]) -> dict[int, bool]:
+    """Whether each held-out row has the label of the rows to train on that are nearest to it in this."""
+    rows = [*train, *held]
+    rows = _with_signs(rows) if form in ("first", "last") else rows
+    of_length: dict[int, Counter[str]] = {getattr(row, form): Counter() for row in rows}
+    for row in rows[: len(train)]:
+        of_length[getattr(row, form)][row.answer] += 1
+    lengths = sorted(of_length)
+    guessed = {length: _most(_near(place, lengths, of_length)) for place, length in enumerate(lengths)}
+    return {row.number: guessed[getattr(row, form)] == row.answer for row in rows[len(train) :]}
+
+
+def _most(votes: Mapping[str, int]) -> str:
+    return min(votes, key=lambda label: (-votes[label], label))
 
 
 def _with_signs(rows: Sequence[_AskedRow]) -> list[_AskedRow]:
@@ -178,7 +205,7 @@ def told_by(form: str, rows: Sequence[_AskedRow]) -> float:
     for row in rows:
         votes = near[getattr(row, form)].copy()
         votes[row.answer] -= 1
-        pairs.append((row.answer, min(votes, key=lambda label: (-votes[label], label))))
+        pairs.append((row.answer, _most(votes)))
     return _kappa(pairs)
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loractl.common.data.giveaway import FormRule
 from loractl.common.data.inspection import Leaks
 from loractl.common.job.method import Method
 from loractl.common.job.sections import DataFormat, DatasetSpec
@@ -185,11 +186,14 @@ def test_held_out_texts_that_resemble_trained_ones_are_measured_apart(tiny_model
     leaks.see_all(data.train_examples)
     precision = choose_precision("cpu", "float32")
     learner = Learner(model=_tuned(tiny_model, Method.LORA), tokenizer=tokenizer, precision=precision)
-    found = evaluate_classifier(
-        learner, replace(data, given_away=tuple(leaks.rows)), _spec(tiny_model), check_stop=lambda: None
-    )
+    rule = FormRule(what="the last sign", right=dict.fromkeys(data.held_out.rows.numbers, True))
+    data = replace(data, given_away=tuple(leaks.rows), rule=rule)
+    found = evaluate_classifier(learner, data, _spec(tiny_model), check_stop=lambda: None)
     assert found.given_away == 19 and found.rows == 39
     assert next(metric.cases for metric in found.metrics if metric.name == "new_rows_loss") == 20
+    (against,) = [metric for metric in found.metrics if metric.name == "cheap_form_accuracy"]
+    assert (against.label, against.base) == ("labels right, against the last sign alone", 100)
+    assert against.tuned == next(metric.tuned for metric in found.metrics if metric.name == "accuracy") < 100
 
 
 def _text(number: int) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from loractl.common.data.examples import Example, Examples
 from loractl.common.data.fields import Reading
 from loractl.common.data.findings import label_shares
 from loractl.common.data.formats import detect_format, labels_of, parse_examples
+from loractl.common.data.giveaway import FormRule
 from loractl.common.data.split import all_trained_on, distinct, fitting, own_rows, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.identity import data_digest
@@ -39,6 +40,7 @@ class FinalRows:
     given_away: tuple[int, ...] = ()
     resemble: str = RESEMBLE
     read_off: str = ""
+    rule: FormRule | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,7 @@ class PreparedData:
     given_away: tuple[int, ...] = ()  # numbers of held-out examples that a row to train on gives away
     resemble: str = RESEMBLE  # the same in a verdict's words: an adapter before this one may have learned them
     read_off: str = ""  # a clause: how most held-out answers can be told without reading what is asked; else empty
+    rule: FormRule | None = None  # where that is by the questions' form
     final: FinalRows | None = None
     packed: TokenRows | None = None  # the rows to train on, several examples in each
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
@@ -95,6 +98,7 @@ class PreparedData:
             given_away=final.given_away,
             resemble=final.resemble,
             read_off=final.read_off,
+            rule=final.rule,
             regression=None,
             final=None,
         )

@@ -20,7 +20,9 @@ import numpy as np
 
 from loractl.common.data.examples import Example
 from loractl.common.data.findings import answer_of
+from loractl.common.data.giveaway import FormRule
 from loractl.common.job.sections import DataFormat, EvaluationSpec, Metric
+from loractl.common.verdict import FORM
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode
 
 from .answers import ROUGE, Answer, Prompt, exact, prompts_of, rouge
@@ -73,6 +75,16 @@ def cheap_metrics(
             compare_shares("cheap_accuracy", "labels right, against the most frequent", most_frequent, right)
         )
     return metrics
+
+
+def form_metrics(rule: FormRule | None, numbers: Sequence[int], labels: Labels | None) -> list[Compared]:
+    """The tuned model's right labels against a rule's by the questions' form. `numbers`: of the labelled rows."""
+    if rule is None or labels is None:
+        return []
+    right = zip(numbers, labels.right(labels.tuned), strict=True)
+    pairs = [(rule.right[number], tuned) for number, tuned in right if number in rule.right]
+    label = f"labels right, against {rule.what} alone"
+    return [compare_shares(FORM, label, *map(list, zip(*pairs, strict=True)))] if pairs else []
 
 
 def frequent_metrics(answers: Sequence[Answer], asked: EvaluationSpec, *, labels: bool = False) -> list[Compared]:

@@ -23,6 +23,7 @@ from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.token_rows import collate, inputs_of
 from loractl.worker.data.tokens import TokenRow
 
+from .cheap import form_metrics
 from .comparison import Array
 from .confusion import Labels, label_metrics
 from .evaluation import Evaluation, counter
@@ -62,8 +63,10 @@ def evaluate_classifier(
     if given_away.any() and not given_away.all():
         new = ~given_away
         metrics.append(NEW_ROWS_LOSS.compare(losses[0][new], losses[1][new], each[new]))
+    if wanted:
+        metrics += [*label_metrics(labels), *form_metrics(data.rule, [row.number for row in rows], labels)]
     return Evaluation(
-        metrics=metrics + (label_metrics(labels) if wanted else []),
+        metrics=metrics,
         answers=[],
         rows=len(rows),
         seconds=time.monotonic() - began,

@@ -26,7 +26,7 @@ from loractl.worker.data.tokens import TokenRow, unlearned
 
 from .answers import Answer, Prompt, answer_metrics, length_metrics, prompts_of, side_by_side
 from .base_measurements import BaseMeasurements, EarlierMeasurement, MeasuredModel
-from .cheap import Shots, cheap_metrics, copied_metrics, frequent_metrics, shots_metrics
+from .cheap import Shots, cheap_metrics, copied_metrics, form_metrics, frequent_metrics, shots_metrics
 from .comparison import Compared, Measure
 from .confusion import Labels, label_metrics, labels_taught
 from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
@@ -92,6 +92,7 @@ def evaluate(
     if data.format is not DataFormat.TEXT:
         numbered = {example.number: example for example in data.held_out_examples[: spec.evaluation.max_rows]}
         metrics += cheap_metrics([numbered[one] for one in work.numbers], data.answer_shares, tuned.rows, labels)
+        metrics += form_metrics(data.rule, [prompt.row for prompt in work.labelled], labels)
     metrics += [*(one for scores in own for one in scores.metrics), *answer_metrics(answers, wanted)]
     are_labels = data.answer_shares is not None
     metrics += frequent_metrics(answers, spec.evaluation, labels=are_labels)

@@ -51,10 +51,10 @@ def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
     found = findings_about(spec, data, tokenizer, leaks, of_final, giveaway)
     warnings = tuple(finding.sentence for finding in found if finding.level == "warning")
     if data.final is not None and of_final is not None:
-        data = replace(data, final=replace(data.final, **_told(of_final), read_off=_read_off(data)))
+        data = replace(data, final=replace(data.final, **_told(of_final), **_form_of(data)))
     told = _told(leaks)
     told["leaks"] += tuple(finding.text for finding in found if finding.kind in READ_OFF)
-    data = replace(data, warnings=warnings, read_off=giveaway.read_off, **told)
+    data = replace(data, warnings=warnings, read_off=giveaway.read_off, rule=giveaway.rule, **told)
     if order.init_from is not None and not trained_kind(spec).from_ancestor:
         data = _after(data, order.init_from.taught)
     return packed(data, spec)
@@ -98,13 +98,13 @@ def _after(data: PreparedData, lessons: Sequence[Taught]) -> PreparedData:
     return replace(data, warnings=tuple(warnings))
 
 
-def _read_off(data: PreparedData) -> str:
-    """A clause for the verdict on the final rows, as Giveaway has it for the held-out ones."""
+def _form_of(data: PreparedData) -> dict[str, Any]:
+    """How the answers of the final rows can be told, as Giveaway has it for the held-out ones."""
     look = Giveaway(len(data.train_examples), data.final.examples if data.final else (), "of the final file")
     for example in data.train_examples:
         look.see(example)
     list(look.findings())
-    return look.read_off
+    return {"read_off": look.read_off, "rule": look.rule}
 
 
 def _told(leaks: Leaks) -> dict[str, Any]:

@@ -18,6 +18,7 @@ SHARES = {
     "preference_accuracy",
     "few_shot_rougeL",
     "cheap_rougeL",
+    "cheap_form_accuracy",
 }
 LABEL_OF = {"cheap_loss": "loss, against labels' shares", "few_shot_loss": "loss, against the base with examples"}
 LENGTHS = {"answer_tokens", "expected_tokens"}
@@ -136,6 +137,21 @@ SCENES = [
         name="labels by the row's length", reading="cant_be_judged", why="the length of a question tells its label",
         metrics=[loss(7.9, 0.01), LABELS, measure("cheap_loss", 1.1, 0.01, 0.1)],
         how={"read_off": "the length of a question tells its label"},
+    ),
+    Scene(
+        name="labels that the last sign tells as well", reading="no_better_than_cheap",
+        why="a rule by the form of the questions has labels right 97.5 %",
+        metrics=[
+            loss(7.9, 0.01), LABELS, measure("cheap_loss", 1.1, 0.01, 0.1),
+            {**measure("cheap_form_accuracy", 97.5, 95.0, 5), "label": "labels right, against the last sign"},
+        ],
+        how={"read_off": "the last sign of a question tells its label"},
+    ),
+    Scene(
+        name="honest: labels that the last sign tells less well", reading="better",
+        metrics=[loss(7.9, 0.01), LABELS, measure("cheap_loss", 1.1, 0.01, 0.1),
+                 measure("cheap_form_accuracy", 72.5, 95.0, 12)],
+        how={"read_off": "the last sign of a question tells its label"},
     ),
     Scene(
         name="better preferences, spoilt answers", reading="cant_be_judged", why="better preferences, spoilt answers",

@@ -244,6 +244,31 @@ def test_labels_that_follow_from_case_spaces_or_signs_are_found(
     assert [one.kind for one in found] == ([kind] if kind else []) and bool(read_off) == bool(kind)
 
 
+@pytest.mark.parametrize(("sign", "what"), [("?", "the last sign"), (" and so on for long", "the length")])
+def test_a_rule_by_the_form_is_learned_from_rows_to_train_on_and_scored_on_held_out_ones(sign: str, what: str) -> None:
+    """Every fifth held-out row has the other label, and one a sign that no row to train on has."""
+
+    def row(n: int, *, other: bool = False, end: str | None = None) -> Example:
+        asks = n % 2 == 0
+        text = " ".join(drawn(n).choices(["pump", "valve", "leak", "door"], k=9))
+        text += (sign if asks else ".") if end is None else end
+        return chat(n, text, "question" if asks != other else "statement")
+
+    train, held = [row(n) for n in range(100)], [row(n, other=n % 10 == 0) for n in range(100, 160)]
+    giveaway = Giveaway(len(train), [*held, row(161, end=";")])
+    for example in train:
+        giveaway.see(example)
+    assert list(giveaway.findings()) and giveaway.rule is not None and giveaway.rule.what == what
+    told = dict(giveaway.rule.right)
+    assert set(told) == {*range(100, 160), 161}
+    assert [number for number in range(100, 160) if not told[number]] == [100, 110, 120, 130, 140, 150]
+    clean_rows = chats(clean, count=120)
+    giveaway = Giveaway(100, clean_rows[100:])
+    for example in clean_rows[:100]:
+        giveaway.see(example)
+    assert not list(giveaway.findings()) and giveaway.rule is None
+
+
 @pytest.mark.parametrize("form", ["(A) {} (B) {}", "\nA) {}\nB) {}", "\n1. {}\n2. {}"])
 def test_an_answer_that_is_always_the_first_choice_is_found(form: str) -> None:
     draw = random.Random(3)
