@@ -80,7 +80,7 @@ ANSWERS = {
     "matrix": "worker/serving/matrix/matrix.py:Matrix",
     "gpus": "scheduler/fleet/answer.py:DeviceState",
     "usage": "scheduler/usage/answer.py:UsageTable",
-    "quota": "scheduler/usage/answer.py:QuotaState",
+    "quota": "common/placement/shares.py:Allowance",
     "lab init": "scheduler/lab/lab.py:LabAnswer",
     "lab invite": "scheduler/lab/lab.py:LabAnswer",
     "join": "scheduler/lab/join.py:JoinAnswer",

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from loractl.common.units import GIB, duration
 
@@ -45,6 +46,7 @@ NONE_LEFT = math.inf
 class Allowance:
     """A user's quota, in hours of whole cards, and what the user has had within its time."""
 
+    user: str
     card_hours: float
     window_s: int
     soft: bool
@@ -54,6 +56,16 @@ class Allowance:
     @property
     def exceeded(self) -> bool:
         return self.used >= self.card_hours
+
+    @property
+    def words(self) -> str:
+        """The quota: 100 a week."""
+        return f"{self.card_hours:g} a {window_name(self.window_s)}{', soft' if self.soft else ''}"
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names, `exceeded`, and the time as ISO 8601."""
+        below = None if self.below_at is None else self.below_at.isoformat()
+        return {**vars(self), "below_at": below, "exceeded": self.exceeded}
 
     def on(self, charge: float) -> float:
         """The charge that counts."""

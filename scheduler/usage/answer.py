@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.placement.shares import window_name
 from loractl.common.units import clock
 
 if TYPE_CHECKING:
+    from loractl.common.placement.shares import Allowance
     from loractl.common.store.records import PastUse
     from loractl.common.store.store import Store
 
@@ -84,45 +84,19 @@ def _names(use: PastUse, by: str) -> Iterator[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuotaState:
-    """A user's quota, and how much of it is used."""
-
-    user: str
-    card_hours: float
-    window_s: int
-    soft: bool
-    used: float
-    below_at: dt.datetime | None  # when enough ended work is out of the window; None: usage is below the quota
-
-    @property
-    def exceeded(self) -> bool:
-        return self.used >= self.card_hours
-
-    @property
-    def allowed(self) -> str:
-        """The quota in words: 100 a week."""
-        return f"{self.card_hours:g} a {window_name(self.window_s)}{', soft' if self.soft else ''}"
-
-    def means(self, now: dt.datetime) -> str:
-        """What happens to the user's next jobs."""
-        if not self.exceeded:
-            return "start"
-        if self.soft:
-            return "go last"
-        return "wait" + ("" if self.below_at is None else f" until about {clock(self.below_at, now)}")
-
-    def as_json(self) -> dict[str, Any]:
-        """The fields under their own names, `exceeded`, and the time as ISO 8601."""
-        below = None if self.below_at is None else self.below_at.isoformat()
-        return {**vars(self), "below_at": below, "exceeded": self.exceeded}
-
-
-@dataclass(frozen=True, kw_only=True)
 class QuotaList:
     """All quotas, by user."""
 
-    quotas: Sequence[QuotaState]
+    quotas: Sequence[Allowance]
     now: dt.datetime
+
+    def means(self, quota: Allowance) -> str:
+        """What happens to the user's next jobs."""
+        if not quota.exceeded:
+            return "start"
+        if quota.soft:
+            return "go last"
+        return "wait" + ("" if quota.below_at is None else f" until about {clock(quota.below_at, self.now)}")
 
     def as_json(self) -> list[dict[str, Any]]:
         """Each quota with its fields."""
@@ -132,7 +106,4 @@ class QuotaList:
 def quota_list(store: Store) -> QuotaList:
     """All quotas."""
     allowed = store.usage.allowances()
-    return QuotaList(
-        quotas=[QuotaState(user=user, **vars(allowance)) for user, allowance in sorted(allowed.items())],
-        now=store.now(),
-    )
+    return QuotaList(quotas=[allowed[user] for user in sorted(allowed)], now=store.now())

@@ -56,7 +56,5 @@ def quotas_text(answer: QuotaList, screen: Screen) -> str:
     """Each user's quota, how much of it is used, and what that means now."""
     if not answer.quotas:
         return "No quota is set. Set one: loractl quota set USER 100h/week"
-    rows = [
-        [clean_line(quota.user), quota.allowed, hours(quota.used), quota.means(answer.now)] for quota in answer.quotas
-    ]
+    rows = [[clean_line(quota.user), quota.words, hours(quota.used), answer.means(quota)] for quota in answer.quotas]
     return "\n".join(table(["USER", "CARD HOURS", "USED", "NEW JOBS"], rows, screen, right=("USED",)))

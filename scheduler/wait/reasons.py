@@ -116,14 +116,14 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
         return policy("limit", sentence, None, "These jobs", f"loractl status --user {job.user}")
     allowance = view.allowed.get(job.user)
     if allowance is not None and allowance.exceeded and not allowance.soft:
-        return policy("quota", _used_up(job.user, allowance, view.now), allowance.below_at)
+        return policy("quota", _used_up(allowance, view.now), allowance.below_at)
     return None
 
 
-def _used_up(user: str, allowance: Allowance, now: dt.datetime) -> str:
+def _used_up(allowance: Allowance, now: dt.datetime) -> str:
     """When ended work is below the quota again; unknown while running jobs alone exceed it."""
     quota = f"{allowance.card_hours:g} card hours a {window_name(allowance.window_s)}"
-    used = f"{user} has used {hours(allowance.used)} of {quota}"
+    used = f"{allowance.user} has used {hours(allowance.used)} of {quota}"
     return used + ("" if allowance.below_at is None else f"; jobs start again about {clock(allowance.below_at, now)}")
 
 

@@ -132,8 +132,8 @@ def read_allowances(
         so_far[user] += hours * card_share(size, totals.get(node))
     return {
         user: Allowance(
-            card_hours=quota.card_hours, window_s=quota.window_s, soft=quota.soft, used=quota.used + so_far[user],
-            below_at=quota.below_at,
+            user=user, card_hours=quota.card_hours, window_s=quota.window_s, soft=quota.soft,
+            used=quota.used + so_far[user], below_at=quota.below_at,
         )
         for user, quota in quotas.items()
     }  # fmt: skip

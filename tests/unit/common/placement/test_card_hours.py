@@ -38,7 +38,7 @@ def a_card(gib: float = 80, node: str = "a:0", max_jobs: int = 4) -> Card:
 
 
 def quota(hours: float, *, soft: bool = False, window_s: int = DAY) -> Allowance:
-    return Allowance(card_hours=hours, window_s=window_s, soft=soft, used=0.0, below_at=None)
+    return Allowance(user="ada", card_hours=hours, window_s=window_s, soft=soft, used=0.0, below_at=None)
 
 
 def replayed(jobs: Sequence[ReplayedJob], cards: Sequence[Card], allowed: Mapping[str, Allowance]) -> Replay:
