@@ -33,15 +33,6 @@ REPORT_WAIT_S = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedSetting:
-    """A key of the resolved job file."""
-
-    key: str
-    value: Any
-    varied: bool  # its sweep tries several values of it
-
-
-@dataclass(frozen=True, kw_only=True)
 class JobDossier:
     """A job with all that is known about it."""
 
@@ -51,7 +42,8 @@ class JobDossier:
     wait: Why | None  # of a waiting job
     trouble: str | None  # what is wrong with a running job's card, in a few words
     silent: bool  # a running job's card is silent, and nobody ordered that
-    settings: tuple[ResolvedSetting, ...]
+    settings: Mapping[str, Any]  # of the resolved job file, by key
+    varied: Collection[str]  # those of which its sweep tries several values
     sweep_name: str | None
     report: ReportDigest | None
     report_missing: str | None  # why there is none though there should be one
@@ -117,7 +109,8 @@ def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
         wait=answer if isinstance(answer, Why) else None,
         trouble=None if view is None else trouble_on(view, history.job.cards),
         silent=view is not None and any(silent_s(view, c) > SILENT_S for c in history.job.cards if c in view.nodes),
-        settings=tuple(ResolvedSetting(key=k, value=v, varied=k in varied) for k, v in flat_settings(history.spec)),
+        settings=dict(flat_settings(history.spec)),
+        varied=varied,
         sweep_name=sweep_name,
         report=report,
         report_missing=missing,
