@@ -160,7 +160,7 @@ class SweepVerbs(Subject):
 
     get = reads(sweeps.read_sweep)
     head = reads(sweeps.read_head)
-    several = reads(sweeps.read_several)
+    several = reads(sweeps.read_sweeps)
     newest = lists(sweeps.newest_sweeps)
 
 

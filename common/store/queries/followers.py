@@ -70,7 +70,7 @@ def is_named(tx: Transaction, job_id: int) -> bool:
 
 def begin_from_best(tx: Transaction, job: Job, sweep_id: int) -> None:
     """Name the member with the least held-out loss whose adapter is stored; hold the job where there is none."""
-    view = next(iter(read_sweeps(tx.session, [sweep_id], settings=False)), None)
+    view = next(iter(read_sweeps(tx, [sweep_id], settings=False)), None)
     best = None if view is None else view.stored_best
     if best is not None:
         job.ancestor = best.job_id

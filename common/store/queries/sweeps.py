@@ -53,11 +53,12 @@ def read_rungs(session: Session, job: Job) -> tuple[float, ...]:
     return tuple(session.scalar(select(Sweep.rungs).where(Sweep.sweep_id == job.sweep_id)) or ())
 
 
-def read_sweeps(session: Session, sweep_ids: Collection[int], *, settings: bool = True) -> list[SweepView]:
+def read_sweeps(tx: Transaction, sweep_ids: Collection[int], *, settings: bool = True) -> list[SweepView]:
     """Those of the sweeps that exist, with all their members, by number.
 
     Without `settings` those of the members are empty: a spec costs more than all else that is read of a job.
     """
+    session = tx.session
     sweep_ids = [number for number in sweep_ids if 0 < number <= LAST_NUMBER]
     rows = session.scalars(select(Sweep).where(Sweep.sweep_id.in_(sweep_ids)).order_by(Sweep.sweep_id)).all()
     names = {metric_of(rung) for row in rows for rung in row.rungs or ()}
@@ -87,14 +88,9 @@ def read_sweeps(session: Session, sweep_ids: Collection[int], *, settings: bool 
     return views
 
 
-def read_several(tx: Transaction, sweep_ids: Collection[int], *, settings: bool = True) -> list[SweepView]:
-    """Those of the sweeps that exist, with their members, by number. `settings`: also those of the members."""
-    return read_sweeps(tx.session, sweep_ids, settings=settings)
-
-
 def read_sweep(tx: Transaction, sweep_id: int) -> SweepView:
     """One sweep with its members. Raises SweepNotFound."""
-    for view in read_sweeps(tx.session, [sweep_id]):
+    for view in read_sweeps(tx, [sweep_id]):
         return view
     raise SweepNotFound(sweep_id)
 

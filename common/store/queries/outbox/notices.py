@@ -128,7 +128,7 @@ def _tell_of_sweep(tx: Transaction, job: Job, sweep_id: int, names: Sequence[str
     attempts = tx.session.scalar(select(func.sum(Job.attempt)).where(Job.sweep_id == sweep_id))
     event = f"sweep:{sweep_id}:{attempts}:over"
     if tx.session.scalar(select(OutboxMessage.event).where(OutboxMessage.event == event).limit(1)) is None:
-        (view,) = read_sweeps(tx.session, [sweep_id], settings=False)
+        (view,) = read_sweeps(tx, [sweep_id], settings=False)
         said, advice = _outcome(view), f"loractl compare --sweep {sweep_id}"
         news = News(event=event, kind="sweep.over", job_id=job.job_id, user=job.user, subject=said, advice=advice)
         write(tx, names, news)
