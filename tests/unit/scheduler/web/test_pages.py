@@ -241,7 +241,8 @@ def test_a_report_of_another_form_breaks_no_page(own_web: Web) -> None:
 
 
 def test_while_the_database_is_away_the_page_says_so(own_web: Web) -> None:
-    own_web.alter("ALTER TABLE nodes RENAME TO elsewhere")
+    file = Path(own_web.url.removeprefix("sqlite:///"))
+    file.rename(file.with_name("elsewhere"))
     answer = own_web.client.get("/")
     assert answer.status_code == 503 and "The database does not answer" in answer.text
 
