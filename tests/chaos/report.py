@@ -54,11 +54,10 @@ page of one run. `make test-long` does the same for about a minute.
 - A lease is {plan.lease_s:.0f} s instead of 60 (`LORACTL_LEASE`), and what depends on it is shorter in proportion.
 - The seed decides the faults, one every {plan.gap_s:.1f} s; which process is hit depends on the moment. A fault that
   finds no target within {WAIT_S:.0f} s is not counted.
-- PostgreSQL's triggers write the history in the transaction of each change (`tests/chaos/history.py`).
-  `test_checker.py` shows for each promise that a breach is found.
-- `make chaos CHAOS_DATABASE=sqlite` does the same to one box on SQLite and only prints its tables. Another program
-  holds the write lock there for up to a lease and a half. A stale write within {TRANSACTION_S:.0f} s of its attempt's
-  end would not be found.
+- PostgreSQL's triggers write the history in the transaction of each change. `test_checker.py` shows for each promise
+  that a breach is found.
+- `make chaos CHAOS_DATABASE=sqlite` does the same to one box on SQLite, whose write lock another program holds for up
+  to a lease and a half. A stale write within {TRANSACTION_S:.0f} s of its attempt's end would not be found.
 
 ## What was kept
 
