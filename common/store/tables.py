@@ -657,8 +657,6 @@ class Tag(Base):
     name: Mapped[str] = mapped_column(primary_key=True)  # of the jobs
     tag: Mapped[str] = mapped_column(Characters(64, LATEST), primary_key=True)  # latest moves by itself
     job_id: Mapped[JobKey] = mapped_column(index=True)
-    user: Mapped[str]  # who set it last
-    at: Mapped[Timestamp]
 
 
 class FinalLook(Base):

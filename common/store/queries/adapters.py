@@ -81,7 +81,7 @@ def _set_tag(tx: Transaction, key: tuple[str, str], job_id: int | None, before: 
         tx.session.execute(delete(Tag).where(Tag.name == name, Tag.tag == tag))
         tx.tell(before or 0, None, "untagged", f"lost the tag {name}:{tag} by {user}")
         return True
-    tx.session.merge(Tag(name=name, tag=tag, job_id=job_id, user=user, at=tx.now()))
+    tx.session.merge(Tag(name=name, tag=tag, job_id=job_id))
     if before != job_id:
         moved = "" if before is None else f", which job {before} had"
         tx.tell(job_id, None, "tagged", f"tagged {name}:{tag}{moved} by {user}")

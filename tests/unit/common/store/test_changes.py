@@ -114,7 +114,7 @@ def _seen(store: Store, job_id: int, steps: list[str]) -> dict[str, Any]:
         labels = sorted(
             (label.key, label.value) for label in tx.session.query(JobLabel).where(JobLabel.job_id == job_id)
         )
-        tags = sorted((tag.name, tag.tag, tag.user) for tag in tx.session.query(Tag).where(Tag.job_id == job_id))
+        tags = sorted((tag.name, tag.tag) for tag in tx.session.query(Tag).where(Tag.job_id == job_id))
     events = [(event.kind, event.attempt, event.text.replace(sweeps, "N")) for event in store.jobs.events(job_id)]
     _leave_nothing(store, job_id)
     return {"told": told, "row": row, "labels": labels, "tags": tags, "events": events}

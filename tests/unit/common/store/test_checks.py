@@ -214,7 +214,7 @@ GONE = {
     "hosts": None, "attempts": ("host", "inside", "promised_at", "joined", "shared"),
     "jobs": ("spec_hash", "cancel_requested", "held_too", "held", "max_retries"), "nodes": ("reserved",),
     "quotas": ("set_by", "at"), "lab_settings": ("set_by", "at"), "drains": ("at",), "log_chunks": ("at",),
-    "fleet_rounds": ("node",),
+    "fleet_rounds": ("node",), "tags": ("user", "at"),
 }  # fmt: skip
 """What revisions since 0041 have removed or written: a table, and columns."""
 
