@@ -297,17 +297,25 @@ class QueueKey:
         )
 
     def job(self, job_id: int, user: str, since: dt.datetime, left_s: float) -> Waiting:
-        return Waiting(
-            job_id=job_id,
-            user=user,
+        """A job of the line, copied from another one: by its 16 fields it would take a claim four times as long."""
+        job = object.__new__(Waiting)
+        job.__dict__.update(self._some.__dict__, job_id=job_id, user=user, since=since, left_s=left_s)
+        return job
+
+    @functools.cached_property
+    def _some(self) -> Waiting:
+        some = Waiting(
+            job_id=0,
+            user="",
             priority=self.priority,
-            since=since,
+            since=dt.datetime.min,
             methods=self.methods,
             need=self.need,
             requires=self.requires,
-            left_s=left_s,
             key=self.text,
         )
+        assert some.bound == some.least  # both are computed here, once for all jobs of the line
+        return some
 
 
 _SIZES = re.compile(r"\d{17}\.([lq]{0,2})\.(\d{1,17}|\?)\.(\d{1,17}|\?)")

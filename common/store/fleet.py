@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,8 +117,8 @@ OCCUPANT = (
 """What a card shows of a running job, besides its bytes there."""
 
 
-def card_of(node: Node, running: Sequence[Any], now: dt.datetime, drained: Mapping[str, DrainOrder]) -> Card:
-    """One node's card. `running`: rows of `occupants`, of this card."""
+def card_of(node: Node, running: Sequence[Any], now: dt.datetime, drained: Collection[str]) -> Card:
+    """One node's card. `running`: rows of `occupants`, of this card; `drained`: hosts and cards."""
     return Card(
         node=node.node,
         total=node.total,
@@ -171,7 +171,7 @@ def _end_of(row: Any, now: dt.datetime) -> dt.datetime | None:
     return now + dt.timedelta(seconds=min(known)) if known else None
 
 
-def _is_open(node: Node, now: dt.datetime, drained: Mapping[str, DrainOrder]) -> bool:
+def _is_open(node: Node, now: dt.datetime, drained: Collection[str]) -> bool:
     """Whether the node is online, works, and nobody keeps it empty."""
     online = (now - node.seen_at).total_seconds() <= NODE_STALE_S
     works = node.fault is None and not node.draining and (node.until is None or node.until > now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from sqlalchemy import (
     CursorResult,
     DateTime,
     Engine,
+    Select,
     Update,
     bindparam,
     delete,
@@ -44,6 +46,12 @@ FLEET = "fleet"
 
 
 _CLOCK = select(func.clock_timestamp())
+
+
+@functools.cache
+def _timed(statement: Select[Any]) -> Select[Any]:
+    """SQLAlchemy takes longer to make such a statement than to run it."""
+    return statement.add_columns(type_coerce(func.clock_timestamp(), UtcDateTime()))
 
 
 _CHANGED, _LOCKED = "LR001", "LR002"
@@ -115,9 +123,11 @@ class Transaction:
             return now.astimezone(dt.UTC)
         return self._clock() if self._clock else dt.datetime.now(dt.UTC)
 
-    def clock(self) -> ColumnElement[dt.datetime]:
-        """`now`, as a column of a statement that has it read without a query of its own."""
-        return type_coerce(self.now_in(0), UtcDateTime()).label("clock")
+    def timed(self, statement: Select[Any], values: Mapping[str, Any]) -> list[tuple[Any, dt.datetime]]:
+        """The rows of a statement that is made once, each with `now` as it was read, without a query of its own."""
+        if not self._asks_database:
+            return [(row, self.now()) for row in self.session.scalars(statement, values)]
+        return [(row, now) for row, now in self.session.execute(_timed(statement), values)]
 
     def now_in(self, seconds: float) -> ColumnElement[dt.datetime]:
         """The time `seconds` from now, as a value of a statement."""
@@ -132,10 +142,11 @@ class Transaction:
             return self.session.scalar(select(1)) == 1
         return self.session.scalar(select(func.current_setting("transaction_read_only"))) == "off"
 
-    def tell(self, job_id: int, attempt: int | None, kind: str, text: str) -> None:
+    def tell(self, job_id: int, attempt: int | None, kind: str, text: str, at: dt.datetime | None = None) -> None:
         """Write a line of the job's history."""
-        at = func.clock_timestamp() if self._asks_database else self.now()  # without a query of its own
-        self.session.add(Event(job_id=job_id, attempt=attempt, at=at, kind=kind, text=text))
+        # the time of PostgreSQL is read without a query of its own
+        told = at or (func.clock_timestamp() if self._asks_database else self.now())
+        self.session.add(Event(job_id=job_id, attempt=attempt, at=told, kind=kind, text=text))
 
     def is_alone(self, lock: str = FLEET) -> bool:
         """Whether this transaction, and no other, may do until its end what the lock's name says. Does not wait.

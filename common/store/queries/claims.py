@@ -23,7 +23,7 @@ from loractl.common.placement.rule import Placement
 from loractl.common.units import gib
 
 from ..fleet import is_ready
-from ..guard import begun, move
+from ..guard import become, begun
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node, sweep_of
 from ..transaction import Transaction
@@ -250,16 +250,17 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, now: dt.dat
         predicted_by=basis,
         started_at=now,
     )
+    become(job, Status.RUNNING)
     same = ("attempt", "token", "node", "gpu", "method", "vram_reserved", "started_at")
     columns = {**begun(), **{name: getattr(attempt, name) for name in same}}
     columns |= {
         "eta_seconds": attempt.seconds_predicted,
         "stage": Stage.PREPARING,
-        "lease_expires_at": tx.now_in(tx.lease_s),
+        "lease_expires_at": now + dt.timedelta(seconds=tx.lease_s),
         "queue_key": own_key(job.queue_key, job.job_id),
     }
-    if not tx.change(move(job.job_id, Status.QUEUED, Status.RUNNING).values(**columns)):
-        raise AssertionError(f"job {job.job_id} was locked and yet changed")
+    for name, value in columns.items():
+        setattr(job, name, value)
     tx.session.add(attempt)
     write(tx, placed, attempt.attempt)
     return attempt
@@ -282,7 +283,7 @@ def _start(tx: Transaction, job: Job, spec: JobSpec, attempt: Attempt, placed: P
             f", {_in_words(spec, adjustment, placed.form, Need(lora=job.vram_lora, qlora=job.vram_qlora).of(method))}"
         )
     text = f"attempt {attempt.attempt} started on {cards} with {method.value}{why}{how}{room}"
-    tx.tell(job.job_id, attempt.attempt, "started", text)
+    tx.tell(job.job_id, attempt.attempt, "started", text, attempt.started_at)
     return Claim(
         job_id=job.job_id,
         attempt=attempt.attempt,

@@ -15,7 +15,7 @@ from loractl.common.placement.rule import RESERVE_AFTER_S, turns_in
 
 from ..columns import UtcDateTime
 from ..fleet import waiting_of
-from ..tables import READY, Job, ready_at
+from ..tables import READY, Job
 from ..transaction import SKIP_LOCKED, Transaction
 from .lab_settings import is_by_share
 
@@ -186,13 +186,13 @@ def read_order(session: Session, now: dt.datetime, charges: Mapping[str, float],
 
 _ROW = select(Job).where(Job.job_id == bindparam("job_id")).with_for_update(**SKIP_LOCKED)
 _ROW = _ROW.execution_options(populate_existing=True)
+_LINE = select(Job).where(text(READY).bindparams(bindparam("now", type_=UtcDateTime())))
+_LINE = _LINE.where(Job.user == bindparam("user"), Job.queue_key == bindparam("key"), text(_BEHIND))
+_LINE = _LINE.order_by(text(IN_LINE)).limit(1).with_for_update(**SKIP_LOCKED)
 
 
 def lock_alike(tx: Transaction, job: Waiting, now: dt.datetime) -> tuple[Job, dt.datetime] | None:
     """The job's row, locked, and the time; if somebody keeps it locked, the next of its line that nobody does."""
-    row = tx.session.execute(_ROW.add_columns(tx.clock()), {"job_id": job.job_id}).one_or_none()
-    if row is None:
-        line = select(Job, tx.clock()).where(ready_at(now), Job.user == job.user, Job.queue_key == job.key)
-        behind = line.where(text(_BEHIND)).order_by(text(IN_LINE)).limit(1).with_for_update(**SKIP_LOCKED)
-        row = tx.session.execute(behind, {"left_s": job.left_s, "job_id": job.job_id}).one_or_none()
-    return None if row is None else (row[0], row[1])
+    behind = {"now": now, "user": job.user, "key": job.key, "left_s": job.left_s, "job_id": job.job_id}
+    rows = tx.timed(_ROW, {"job_id": job.job_id}) or tx.timed(_LINE, behind)
+    return next(iter(rows), None)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from sqlalchemy import Row, Select, Table, and_, bindparam, delete, or_, select
+from sqlalchemy import Row, Select, Table, and_, bindparam, delete, exists, or_, select
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import NameTaken, UsageError, WrongState
@@ -18,7 +18,7 @@ from loractl.common.placement.closure import REMEMBERED_S, CardFailure, closure
 from loractl.common.placement.shares import Allowance, charge, decayed, within_need
 from loractl.common.units import duration
 
-from ...columns import storable_row
+from ...columns import UtcDateTime, storable_row
 from ...fleet import NODE_STALE_S, card_of
 from ...records import BoxIdentity, NodeState
 from ...tables import Attempt, DrainOrder, Job, LabFailure, Node, Quota, Use, peak_of
@@ -29,10 +29,12 @@ from ..usage import read_allowances
 from .shares import ON_NODE, is_late, occupants, running_on
 
 # Made once: SQLAlchemy takes longer to make such a statement than to run it.
-_NODES, _USES, _DRAINS = select(Node, ORDER_SET), select(Use, Quota), select(DrainOrder)
+_USES, _DRAINS = select(Use, Quota), select(DrainOrder)
 _USES = _USES.outerjoin(Quota, Quota.user == Use.user)
 _OWN = (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt)
 _MEASURED = (Attempt.roomy, Attempt.device_kind, Attempt.vram_process, Attempt.vram_peak)
+_HOLDS = or_(DrainOrder.until.is_(None), DrainOrder.until > bindparam("now", type_=UtcDateTime()))
+_NODES = select(Node, exists().where(DrainOrder.target.in_((Node.node, Node.host)), _HOLDS), ORDER_SET)
 _HELD = occupants(Job.method, Job.vram_lora, Job.vram_qlora, *_MEASURED).outerjoin(Attempt, _OWN)
 
 
@@ -126,17 +128,17 @@ class FleetState:
 def read_fleet(session: Session, now: dt.datetime, lease_s: float | None = None) -> FleetState:
     """`lease_s`: cards whose nodes are late for it are silent; None: nobody asks."""
     running = _read_running(session)
-    nodes, uses = session.execute(_NODES).all(), session.execute(_USES).all()
+    nodes, uses = session.execute(_NODES, {"now": now}).all(), session.execute(_USES).all()
     return FleetState(
-        cards=_cards(session, [node for node, _ in nodes], now, running, lease_s),
+        cards=_cards(nodes, now, running, lease_s),
         charges=_charges(session, uses, now, running),
-        by_share=any(order == BY_SHARE for _, order in nodes),
+        by_share=any(order == BY_SHARE for *_, order in nodes),
     )
 
 
 def read_cards(session: Session, now: dt.datetime) -> list[Card]:
     """Every card that a node has reported, with what runs there; closed when it is offline or drained."""
-    return _cards(session, session.scalars(_NODES), now, _read_running(session))
+    return _cards(session.execute(_NODES, {"now": now}).all(), now, _read_running(session))
 
 
 def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
@@ -150,14 +152,15 @@ def _read_running(session: Session) -> Sequence[Any]:
 
 
 def _cards(
-    session: Session, nodes: Iterable[Node], now: dt.datetime, running: Sequence[Any], lease_s: float | None = None
+    nodes: Iterable[Row[Node, bool, str]], now: dt.datetime, running: Sequence[Any], lease_s: float | None = None
 ) -> list[Card]:
+    """`nodes`: rows of _NODES."""
     on: dict[str, list[Any]] = {}
     for row in running:
         on.setdefault(row.node or "", []).append(row)
-    drained, cards = drained_targets(session, now), []
-    for node in nodes:
-        card = card_of(node, on.get(node.node, []), now, drained)
+    cards = []
+    for node, drained, _ in nodes:
+        card = card_of(node, on.get(node.node, []), now, [node.node] if drained else ())
         late = lease_s is not None and is_late(node, now, lease_s)
         cards.append(replace(card, silent=True) if late else card)
     return cards

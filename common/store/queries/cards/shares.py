@@ -79,17 +79,18 @@ def is_late(node: Node, now: dt.datetime, lease_s: float) -> bool:
     return node.seen_at < now - dt.timedelta(seconds=lease_s * LATE_SHARE)
 
 
-_CARD = aliased(Node, select(Node).where(Node.node == bindparam("node")).with_for_update().subquery())
 _OF_BOX = select(Node).where(Node.host == bindparam("host")).order_by(Node.node)
-_BOX = aliased(Node, _OF_BOX.with_for_update().subquery())
+_CARD, _BOX = (
+    select(aliased(Node, locked.with_for_update().subquery()))
+    for locked in (select(Node).where(Node.node == bindparam("node")), _OF_BOX)
+)
 
 
 def lock(tx: Transaction, node: str, *, gangs: bool) -> tuple[Node, dt.datetime] | None:
     """Lock the node's row; where several cards may be given out the rows of its whole box, always in one order.
     Returns it with the time under the lock: PostgreSQL locks the rows of a subquery before it computes what is around.
     """
-    asked = select(_BOX if gangs else _CARD, tx.clock())
-    rows = tx.session.execute(asked, {"node": node, "host": node.rpartition(":")[0]}).all()
+    rows = tx.timed(_BOX if gangs else _CARD, {"node": node, "host": node.rpartition(":")[0]})
     return next(((row, max(at for _, at in rows)) for row, _ in rows if row.node == node), None)
 
 
