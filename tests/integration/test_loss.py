@@ -25,6 +25,7 @@ from loractl.worker.engine.loss import (
     CrossEntropy,
     LearnedTokens,
     Loss,
+    LossLog,
     MicroBatch,
     TokenLoss,
     learned_in,
@@ -322,3 +323,20 @@ def test_ranks_that_divide_pairs_learn_what_one_learns(way: Callable[[TokenLoss]
             measured = Part(forward, link, lockstep=False).held_out_loss(rows)  # type: ignore[arg-type]
     with evaluating(forward.model):
         assert measured == pytest.approx(forward.held_out_loss(rows), rel=1e-6)
+
+
+def test_the_losses_of_steps_before_and_after_a_resume_are_summed_as_without_one() -> None:
+    """A checkpoint between two lines of the log: each step counts once, in the next line and in the mean."""
+    losses = [torch.tensor(loss) for loss in (4.0, 2.0, 1.0, 0.5, 0.25)]
+    whole, begun, resumed = (LossLog(torch.device("cpu")) for _ in range(3))
+    for step, loss in enumerate(losses, start=1):
+        whole.add(loss)
+        log = begun if step <= 3 else resumed
+        log.add(loss)
+        if step == 2:
+            assert whole.take(step) == begun.take(step) == 3.0
+        if step == 3:
+            resumed.restore(begun.state())
+            begun.add(torch.tensor(9.0))  # what the checkpoint holds stays as it is
+    assert resumed.mean(5) == whole.mean(5) == 7.75 / 5
+    assert resumed.take(5) == whole.take(5) == 1.75 / 3
