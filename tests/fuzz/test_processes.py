@@ -18,12 +18,12 @@ from loractl.worker.protocol.messages import encode
 from loractl.worker.recipe.orders import EXIT_ORPHANED
 
 from .. import warm
-from ..conftest import Cli
+from ..conftest import LONG, Cli
 from .counting import INPUTS
 from .documents import FRAGMENTS, GOOD
 from .test_protocol import START
 
-PROCESSES = 24
+PROCESSES = 24 if LONG else 8
 AT_ONCE = 3
 SECONDS = 60.0
 """A command that takes longer hangs, also on a busy machine."""
