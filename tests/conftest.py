@@ -115,7 +115,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         and all(item.path.is_relative_to(ROOT / "tests/unit") for item in session.items)
     ):
         raise pytest.UsageError("a unit test imports torch: put it into tests/integration, or import less")
-    gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
     gc.enable()

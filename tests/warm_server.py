@@ -50,6 +50,7 @@ LATE = {
         "pydantic.v1", "rouge_score.rouge_scorer", "torch.profiler._cupti_monitor", "transformers.generation",
         "transformers.integrations.integration_utils", "transformers.modelcard",
         "transformers.models.llama.modeling_llama", "uvicorn.lifespan.on", "uvicorn.loops.auto",
+        "openai",  # what each process of tests would import
     ),
 }  # fmt: skip
 """What loractl imports when it needs it, and nearly every run does."""
