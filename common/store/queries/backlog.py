@@ -18,6 +18,7 @@ from ..fleet import waiting_of
 from ..tables import FREE, WAITS, Job, ready_at
 from ..transaction import SKIP_LOCKED, Transaction
 from .cards.nodes import read_cards
+from .followers import has_left
 from .lines import MOST_BEYOND, lines_of
 
 
@@ -88,7 +89,7 @@ def has_unfinished(
     tx: Transaction, largest: int | None, labels: Mapping[str, str], time_left: TimeLeft | None = None
 ) -> bool:
     """Whether a job runs, or waits, is not held, and would fit into `largest` bytes of a box with these labels.
-    None: the box takes no jobs.
+    None: the box takes no jobs. A job that the fleet's round is to release counts, whatever it needs.
 
     `time_left`: of a worker that stops by itself. It waits neither for jobs that run elsewhere nor for those for which
     that is too short.
@@ -104,14 +105,14 @@ def has_unfinished(
         in_time = time_left is None or time_left.suffices(row.checkpoint_s)
         if in_time and key.bound <= largest and key.requires <= labels.items():
             return True
-    return _gang_waits(tx, largest, labels, time_left)
+    return _gang_waits(tx, largest, labels, time_left) or has_left(tx)
 
 
 def _gang_waits(tx: Transaction, largest: int, labels: Mapping[str, str], time_left: TimeLeft | None) -> bool:
     """Whether a job waits that several cards may share, and that one card or several could hold."""
     fits = or_(Job.vram_needed.is_(None), Job.vram_needed <= largest)
     now = tx.now()
-    jobs = tx.session.scalars(select(Job).where(ready_at(now), sql("gangs IS NOT NULL"), fits)).all()
+    jobs = tx.session.scalars(select(Job).where(sql(FREE), sql("gangs IS NOT NULL"), fits)).all()
     cards = read_cards(tx.session, now) if jobs else []
     forms = (form for job in jobs if (form := waiting_of(vars(job), now)).requires <= labels.items())
     if time_left is not None:

@@ -42,11 +42,12 @@ def release_followers(tx: Transaction, ended: Job) -> None:
 def release_left(tx: Transaction) -> None:
     """Release followers that `release_followers` missed: a person or an earlier version ended the job, or it ended
     during the follower's submit, or gc has removed it and a retry brought back the wait."""
-    ended = aliased(Job)
-    succeeded = exists().where(ended.job_id == Job.awaits, ended.status == Status.SUCCEEDED)
-    over = exists().where(ended.job_id == Job.awaits, ended.status.in_(_ENDED))
-    gone = ~exists().where(ended.job_id == Job.awaits)
-    _go_on(tx, _blocked().where(or_(succeeded, gone, and_(_ANY, over))))
+    _go_on(tx, _left())
+
+
+def has_left(tx: Transaction) -> bool:
+    """Whether a job that nobody holds waits for that alone."""
+    return tx.session.scalar(_left().with_only_columns(Job.job_id).where(~Job.held).limit(1)) is not None
 
 
 def read_followers(tx: Transaction, *job_ids: int) -> list[int]:
@@ -91,6 +92,14 @@ _ANY = cast(part_of(Job.spec, "after_any"), String).in_(("true", "1"))  # SQLite
 def _blocked() -> Select[Job]:
     """Above 0: the databases take the index of blocked jobs for that."""
     return select(Job).where(WAITS, Job.awaits > 0)
+
+
+def _left() -> Select[Job]:
+    ended = aliased(Job)
+    succeeded = exists().where(ended.job_id == Job.awaits, ended.status == Status.SUCCEEDED)
+    over = exists().where(ended.job_id == Job.awaits, ended.status.in_(_ENDED))
+    gone = ~exists().where(ended.job_id == Job.awaits)
+    return _blocked().where(or_(succeeded, gone, and_(_ANY, over)))
 
 
 def _lists(tx: Transaction, *also: ColumnElement[bool]) -> list[tuple[int, list[int]]]:

@@ -100,7 +100,11 @@ def test_the_round_lets_go_what_ended_otherwise(store: Store) -> None:
     kept, any_end = queue(store), queue(store)
     after_kept, after_any = queue(store, kept), queue(store, any_end, after_any=True)
     store.jobs.cancel(kept, "ada")
-    store.jobs.cancel(any_end, "ada")
+    assert store.jobs.cancel(any_end, "ada") and store.jobs.get(after_any).is_blocked
+    assert store.jobs.has_unfinished(GIB, {}), "a worker that is to end with the last job waits for the round"
+    store.jobs.hold(after_any, "ada")
+    assert not store.jobs.has_unfinished(GIB, {})
+    store.jobs.release(after_any, "ada")
     round_of_the_fleet(store)
     assert standing(store, after_kept) == (kept, False)
     assert standing(store, after_any) == FREE
@@ -261,6 +265,7 @@ def test_a_sweep_that_has_ended_before_is_asked_by_the_round(store: Store) -> No
     for job_id, loss in zip(members, (0.9, 0.5), strict=True):
         train(store, job_id, loss)
     last = begin_from_best(store, sweep_id)
+    assert store.jobs.has_unfinished(GIB, {})
     round_of_the_fleet(store)
     assert standing(store, last) == FREE and store.jobs.get(last).ancestor == members[1]
 

@@ -63,6 +63,14 @@ def test_a_claim_reserves_each_card_and_its_end_frees_all(store: Store) -> None:
     assert claimed(store).job_id == small
 
 
+def test_a_job_on_several_cards_that_waits_for_its_next_attempt_is_not_finished(timed: Store, clock: Clock) -> None:
+    show(timed, "heron:0", "heron:1")
+    timed.jobs.submit(gang(max_retries=1))
+    timed.attempts.finish(claimed(timed), Reason.TRAINER_ERROR, "broke", NOTHING)
+    assert timed.attempts.claim("heron:0", gangs=True) is None and timed.jobs.has_unfinished(24 * GIB, {})
+    assert not timed.jobs.has_unfinished(19 * GIB, {})
+
+
 def test_a_node_that_can_t_serve_several_cards_is_given_no_such_job(store: Store) -> None:
     show(store, "heron:0", "heron:1")
     store.jobs.submit(gang())
