@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
-from loractl.worker.base.arithmetic import Precision
+from loractl.worker.base.arithmetic import Precision, choose_precision
 from loractl.worker.base.batches import in_batches
-from loractl.worker.base.model import load_base, load_tokenizer, positions_of
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import Learner, load_base, load_tokenizer, positions_of
 from loractl.worker.evaluation.answers import rouge
 from loractl.worker.evaluation.comparison import BOOTSTRAP_SEED, Compared, compare_shares, draws, paired_interval
 from loractl.worker.evaluation.confusion import Labels, label_metrics
+from loractl.worker.evaluation.evaluation import evaluate
 from loractl.worker.evaluation.generation import generate
 from loractl.worker.evaluation.report import verdict
 from loractl.worker.evaluation.row_losses import LOSS
@@ -410,6 +412,33 @@ def test_questions_that_hold_their_answers_are_told_of_held_out_and_of_final_row
         assert data.of_final is not None
         assert (bool(data.read_off), bool(data.of_final.read_off)) == expected
         assert "rows of the final file hold" in data.of_final.read_off or not expected[1]
+
+
+def test_labels_said_as_text_are_compared_with_a_rule_by_the_form_of_the_questions(
+    start: Callable[..., Start], tmp_path: Path, tiny_model: Path
+) -> None:
+    """An untrained model says none; the rule misses each eighth held-out row, whose label is the other one."""
+    draw = random.Random(6)
+
+    def row(n: int, odd: int = 0) -> list[tuple[str, str]]:
+        words = " ".join(draw.choices(["pump", "valve", "leak", "door", "belt"], k=9))
+        return [(words + "?."[n % 2], ("question", "statement")[(n + odd) % 2])]
+
+    files = [
+        conversations(tmp_path / "train.jsonl", [row(n) for n in range(80)]),
+        conversations(tmp_path / "held-out.jsonl", [row(n, odd=n % 8 == 0) for n in range(24)]),
+    ]
+    order = start(dataset={"path": str(files[0]), "eval_path": str(files[1])}, evaluation={"samples": 1})
+    tokenizer = load_tokenizer(str(tiny_model), None)
+    data = prepare_rows(order, order.spec, tokenizer)
+    precision = choose_precision("cpu", "float32")
+    model = add_adapter(load_base(str(tiny_model), Method.LORA, "cpu", precision), order.spec, Method.LORA)
+    learner = Learner(model=model, tokenizer=tokenizer, precision=precision)
+    found = {one.name: one for one in evaluate(learner, data, order.spec, check_stop=lambda: None).metrics}
+    against = found["cheap_form_accuracy"]
+    assert (against.label, against.cases) == ("labels right, against the last sign alone", 24)
+    assert (against.base, against.tuned, against.reading) == (87.5, found["accuracy"].tuned, "worse")
+    assert against.tuned < 87.5
 
 
 WEIGHTS = Path("result") / "adapter" / "adapter_model.safetensors"
