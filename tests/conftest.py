@@ -184,7 +184,7 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
 
 @pytest.fixture
 def upgraded_postgres(postgres_server: str, postgres_url: str) -> str:
-    """The same database, upgraded."""
+    """A PostgreSQL database of its own for the test, at the newest revision."""
     fill(postgres_server, postgres_url)
     return postgres_url
 

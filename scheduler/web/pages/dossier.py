@@ -43,7 +43,7 @@ class JobDossier:
     trouble: str | None  # what is wrong with a running job's card, in a few words
     silent: bool  # a running job's card is silent, and nobody ordered that
     settings: Mapping[str, Any]  # of the resolved job file, by key
-    varied: Collection[str]  # those of which its sweep tries several values
+    varied: Collection[str]  # the settings that its sweep varies
     sweep_name: str | None
     report: ReportDigest | None
     report_missing: str | None  # why there is none though there should be one
