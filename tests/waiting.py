@@ -38,6 +38,16 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
+def until_shown(pid: int) -> psutil.Process:
+    """A process once others can see its command and its environment: while it becomes another program, the kernel shows
+    neither, and `Popen` may return before that is over."""
+    process, deadline = psutil.Process(pid), time.monotonic() + 20
+    while not (process.cmdline() and process.environ()):
+        assert is_alive(process) and time.monotonic() < deadline
+        time.sleep(0.001)
+    return process
+
+
 _BLOCKED = text(  # a session that waits for a row names no database there
     "SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted AND pid IN (SELECT pid FROM pg_locks"
     " WHERE database = (SELECT oid FROM pg_database WHERE datname = current_database()))"

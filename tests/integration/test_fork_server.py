@@ -29,6 +29,7 @@ from loractl.worker.node.fork_server import ForkedTrainer, ForkServer
 from loractl.worker.protocol.messages import Ended, decode_told, encode
 
 from ..unit.factories import node_state, submission
+from ..waiting import until_shown
 from .test_out_of_memory import make_order
 
 QUICK = """
@@ -162,7 +163,8 @@ def test_a_trainer_by_fork_is_a_trainer_like_any_other(
         until(lambda: ready(caplog))
         assert servers(place) == ready(caplog) and runs_of(own[CARD_VARIABLE]) == server.marks
         trainer, fresh = forked(server, own), place.launch(place.settings.trainer, another)
-        seen = psutil.Process(trainer.pid)
+        seen = until_shown(trainer.pid)
+        until_shown(fresh.pid)
         assert seen.environ() == own and seen.ppid() == os.getpid() and os.getsid(trainer.pid) == trainer.pid
         assert runs_of(own[CARD_VARIABLE]) == server.marks | {own[RUN_VARIABLE], another[RUN_VARIABLE]}
         order(trainer, user="starts")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +16,15 @@ from loractl.common.settings import load_settings
 from loractl.worker.device.occupancy import CARD_VARIABLE, RUN_VARIABLE, card_mark, end_leftovers, run_mark, runs_of
 from loractl.worker.node.health.leftovers import end_all
 
+from ...waiting import until_shown
+
 
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     """As a data loader's process may be: in its own session, without a parent left."""
     environment = {**os.environ, CARD_VARIABLE: "card", RUN_VARIABLE: run_mark("token")}
     process = subprocess.Popen(["sleep", "60"], env=environment, start_new_session=True)
+    until_shown(process.pid)
     yield process
     process.kill()
     process.wait()
@@ -41,7 +43,7 @@ def test_a_node_ends_what_an_earlier_one_of_its_card_left_even_if_it_is_frozen(t
     place: Any = SimpleNamespace(settings=settings, node="heron:0")
     marks = {CARD_VARIABLE: card_mark(settings, "heron:0"), RUN_VARIABLE: run_mark("token")}
     frozen = subprocess.Popen(["sleep", "60"], env={**os.environ, **marks}, start_new_session=True)
-    os.kill(frozen.pid, signal.SIGSTOP)
+    until_shown(frozen.pid).suspend()
     end_all(place)
     assert not psutil.pid_exists(frozen.pid)
 

@@ -29,6 +29,8 @@ from loractl.worker.device.occupancy import (
 )
 from loractl.worker.device.snapshot import Process, Snapshot
 
+from ...waiting import until_shown
+
 GIB = 2**30
 
 NOBODY = 2**22 + 1
@@ -60,6 +62,7 @@ class Shown:
 def program(**variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that does nothing, with these variables in its environment."""
     process = subprocess.Popen(["sleep", "60"], env={**os.environ, **variables})
+    until_shown(process.pid)
     try:
         yield process
     finally:
@@ -101,8 +104,9 @@ def test_what_a_trainer_has_started_is_its_job_s_on_every_kernel(
     with subprocess.Popen(started, stdout=subprocess.PIPE, env={**os.environ, JOB_VARIABLE: "12"}) as trainer:
         assert trainer.stdout is not None
         child = psutil.Process(int(trainer.stdout.readline()))
-        while child.name() != "sleep" or not child.environ():  # while it becomes another program, it shows none
+        while child.name() != "sleep":  # it is a copy of the shell first
             time.sleep(0.001)
+        until_shown(child.pid)
         seen = Watch(device=Shown(processes=(Process(pid=child.pid, bytes=GIB),)), node_pid=os.getpid()).look()
         child.kill()
         trainer.wait()
@@ -233,6 +237,7 @@ def test_in_a_container_the_drivers_numbers_are_not_ours_and_our_memory_is_still
     job = subprocess.Popen(
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env={**os.environ, JOB_VARIABLE: "7"}
     )
+    until_shown(job.pid)
     try:
         watch, late = Watch(device=device, node_pid=os.getpid()), Watch(device=device, node_pid=os.getpid())
         monkeypatch.setattr(occupancy, "_trainers", lambda pid: {})
@@ -256,13 +261,12 @@ def test_what_an_attempt_leaves_behind_is_ended_also_outside_its_session_and_not
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
 
     def start(mark: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, env={**os.environ, RUN_VARIABLE: mark}, start_new_session=True)
+        process = subprocess.Popen(command, env={**os.environ, RUN_VARIABLE: mark}, start_new_session=True)
+        until_shown(process.pid)
+        return process
 
     left, foreign = start(mine), start(other)
     try:
-        deadline = time.monotonic() + 10
-        while psutil.Process(left.pid).environ().get(RUN_VARIABLE) != mine and time.monotonic() < deadline:
-            time.sleep(0.05)  # until it has become the program that it was started as
         assert end_leftovers(mine) == []
         assert not psutil.pid_exists(left.pid)
         assert foreign.poll() is None

@@ -22,7 +22,7 @@ from loractl.common.artifacts import ArtifactStore, Binding, manifest_sha256
 from loractl.common.errors import ArtifactError, ServiceUnreachable
 from loractl.worker.attempt.storage.client import CallWatch, StoreClient
 
-from .....waiting import is_alive
+from .....waiting import is_alive, until_shown
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def processes() -> list[psutil.Process]:
 
 def _command(process: psutil.Process) -> list[str]:
     try:
-        return process.cmdline()
+        return until_shown(process.pid).cmdline() if is_alive(process) else []
     except psutil.Error:  # it ends at this moment
         return []
 
