@@ -2,26 +2,29 @@
 
 README.md is its first page. What follows from the code is written here and kept nowhere: the commands from click, the
 job file's keys from its models, JSON keys from the answers, the reasons of an attempt from their table, the fields of
-other trainers from the reader, the rooms from their packages. A link that leads out of the pages becomes its text.
+other trainers from the reader, the rooms from their packages, the faces of rule and store from what they are. A link
+that leads out of the pages becomes its text.
 """
 
 from __future__ import annotations
 
 import ast
 import html
+import inspect
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import click
 from annotated_types import Ge, Gt, Interval, Le, Lt, MaxLen
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
+from sqlalchemy import create_engine
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -30,6 +33,10 @@ from loractl.common.errors import ExitCode  # noqa: E402
 from loractl.common.job.sections import OwnMetric, SourceSpec  # noqa: E402
 from loractl.common.job.spec import JobSpec  # noqa: E402
 from loractl.common.job.status import OUTCOMES  # noqa: E402
+from loractl.common.placement.preemption import first_stop  # noqa: E402
+from loractl.common.placement.rule import place  # noqa: E402
+from loractl.common.store.store import Store  # noqa: E402
+from loractl.common.store.verbs import Subject  # noqa: E402
 from loractl.scheduler.cli.main import SECTIONS, cli  # noqa: E402
 from tests import json_page  # noqa: E402
 from tests.fields_table import lines as fields  # noqa: E402
@@ -56,6 +63,8 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "reference/json.md", "\n".join([JSON_TEXT, *json_page.lines(), ""])
     yield "reference/errors.md", "\n".join(errors())
     yield "reference/fields.md", "\n".join(["# Fields of other trainers", "", FIELDS, "", *fields(), ""])
+    yield "reference/rule.md", "\n".join(rule())
+    yield "reference/store.md", "\n".join(store())
 
 
 JSON_TEXT = """# What --json prints
@@ -279,9 +288,84 @@ def errors() -> Iterator[str]:
     yield from ("", "After a failure that spends a retry, the job waits 10, 20, 40, ... at most 600 s.", "")
 
 
+RULE_TEXT = """After this page you can call the [placement rule](../placement.md): two pure functions, and loractl's own
+values that they take or give."""
+
+
+def rule() -> Iterator[str]:
+    """The page of the rule's face: its functions, and each value that is reached from them."""
+    yield from ("# The rule's face", "", RULE_TEXT)
+    reached: list[type] = []
+    for function in (place, first_stop):
+        reach(get_type_hints(function).values(), reached)
+        *takes, gives = [f"{name}: {kind}" for name, kind in function.__annotations__.items()]
+        yield from ("", f"## {function.__name__}", "", *paragraphs(inspect.getdoc(function) or ""))
+        yield from ("```python", f"{function.__name__}(", *(f"    {one}," for one in takes), ") ->" + gives[7:], "```")
+    for value in reached:
+        also = "".join(f" It has also what {base.__name__} has." for base in value.__bases__ if base in reached)
+        yield from ("", f"## {value.__name__}", "", prose(" ".join((value.__doc__ or "").split())) + also)
+        yield from ("", "| | |", "| --- | --- |", *(methods(value) if is_protocol(value) else fields_of(value)))
+
+
+def reach(kinds: Iterable[Any], reached: list[type]) -> None:
+    """Adds those of the types that are loractl's own, and what their fields, or a protocol's methods, reach."""
+    for kind in kinds:
+        reach(kind if isinstance(kind, list) else get_args(kind), reached)
+        if inspect.isclass(kind) and kind.__module__.startswith("loractl.") and kind not in reached:
+            reached.append(kind)
+            for one in (kind, *(vars(kind)[name] for name in public(kind) if is_protocol(kind))):
+                reach(get_type_hints(one).values(), reached)
+
+
+def public(kind: type) -> list[str]:
+    return [name for name in vars(kind) if not name.startswith("_")]
+
+
+def is_protocol(kind: type) -> bool:
+    return getattr(kind, "_is_protocol", False)
+
+
+FIELD = re.compile(r"^    (\w+)(?:: ([^=\n]+?))?(?: = (.+?))?(?:  # (.*))?$", re.M)
+"""A line of a class: a field's name, type and default, or an enum's member, and the comment behind it."""
+
+
+def fields_of(value: type) -> Iterator[str]:
+    """Rows of a value's fields, or of an enum's members; those of which the code says nothing share one."""
+    silent = []
+    for name, kind, default, meaning in FIELD.findall(inspect.getsource(value)):
+        code = cell(f"`{name}: {kind}`" if kind else f"`{default}`")
+        silent += [] if meaning else [code]
+        if meaning:
+            yield f"| {code} | {cell(prose(meaning))} |"
+    if silent:
+        yield f"| {'<br>'.join(silent)} | |"
+
+
+def methods(of: Any) -> Iterator[str]:
+    """Rows of the public methods: how one is called, what it gives, and the first sentence about it."""
+    for name in public(of if inspect.isclass(of) else type(of)):
+        about = inspect.signature(method := getattr(of, name))
+        given = ", ".join(str(one).split(":")[0] for one in about.parameters.values() if one.name not in ("self", "tx"))
+        gives = about.return_annotation.replace("Select[", "list[")
+        first = re.split(r"(?<=\.)\s", " ".join((method.__doc__ or "").split()))[0]
+        yield f"| {cell(f'`{name}({given})`')}<br>{cell(f'`{gives}`')} | {cell(prose(first))} |"
+
+
+STORE_TEXT = """After this page you can find the verb that reads or changes what you need: `store.jobs.hold(7, "mara")`.
+Each is one transaction. What it raises is in its docstring; how it locks: [what is stored](../store.md#locks)."""
+
+
+def store() -> Iterator[str]:
+    """The page of the store's face: the verbs of each subject."""
+    yield from ("# The store's face", "", STORE_TEXT)
+    for subject, verbs in vars(Store(create_engine("sqlite://"))).items():
+        if isinstance(verbs, Subject):
+            yield from ("", f"## store.{subject}", "", "| | |", "| --- | --- |", *methods(verbs))
+
+
 def prose(text: str) -> str:
-    """Text whose angle brackets, stars and braces Markdown must not read."""
-    return re.sub(r"([<*_\[\]])", r"\\\1", text)
+    """Text whose angle brackets, stars and braces Markdown must not read; in code it reads none."""
+    return re.sub(r"(`[^`]*`)|([<*_\[\]])", lambda one: one[1] or f"\\{one[2]}", text)
 
 
 def cell(text: str) -> str:

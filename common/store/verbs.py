@@ -294,5 +294,4 @@ class LabVerbs(Subject):
 
     setting = reads(lab_settings.read_setting)
     set = writes(lab_settings.write_setting)
-    operators = reads(lab_settings.read_operators)
     named_store = reads(lab_settings.read_named_store)

@@ -178,7 +178,7 @@ def lab_operators(added: tuple[str, ...], removed: tuple[str, ...]) -> None:
     from loractl.scheduler.cli.session import open_session
 
     _, store = open_session()
-    known = store.lab.operators()
+    known = (store.lab.setting("operators") or "").split()
     if odd := [name for name in added if len(name.split()) != 1 or not name.isprintable()]:
         raise UsageError(f"{odd[0]!r} is no name of a person", "as LORACTL_USER or the login says it, like ada")
     if unknown := sorted(set(removed) - set(known)):

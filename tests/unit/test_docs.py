@@ -12,8 +12,17 @@ from pathlib import Path
 
 import click
 import pytest
+from sqlalchemy import create_engine
 
+from loractl.common.job.method import Need
 from loractl.common.job.spec import spec_keys
+from loractl.common.placement.cards import Card, Occupant, Reservation
+from loractl.common.placement.gangs import GangShare
+from loractl.common.placement.lines import Waiting
+from loractl.common.placement.preemption import Preemption
+from loractl.common.placement.rule import Placement
+from loractl.common.store.store import Store
+from loractl.common.store.verbs import Subject
 from loractl.scheduler.cli.main import COMMANDS, cli
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +62,16 @@ def test_the_site_builds_and_its_reference_has_each_command_option_and_key(tmp_p
     )
     assert {key for key, _ in rows} >= set(spec_keys())
     assert [key for key, meaning in rows if not meaning] == [], "the field in common/job has no docstring"
+    rule, store = ((tmp_path / f"docs/reference/{name}.md").read_text("utf-8") for name in ("rule", "store"))
+    for value in (Waiting, Need, Card, Occupant, Placement, GangShare, Reservation, Preemption):
+        section = rule.partition(f"\n## {value.__name__}\n")[2].partition("\n## ")[0]
+        own = vars(value)["__annotations__"]
+        assert own and [name for name in own if f"{name}: " not in section] == [], value
+    for subject, verbs in vars(Store(create_engine("sqlite://"))).items():
+        section = store.partition(f"\n## store.{subject}\n")[2].partition("\n## ")[0]
+        for name in dir(verbs) if isinstance(verbs, Subject) else ():
+            told = name.startswith("_") or re.search(rf"^\| `{name}\(.*\| [A-Z].*\. \|$", section, re.M)
+            assert told, f"{subject}.{name} has no first sentence"
 
 
 @pytest.mark.parametrize(("name", "least"), [("reliability.md", 100), ("architecture.md", 6)])

@@ -185,10 +185,12 @@ def _chosen(choice: Choice) -> list[ColumnElement[bool]]:
 
 
 def attempts(job_id: int) -> Select[Attempt]:
+    """A job's attempts, the first one first."""
     return select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.attempt)
 
 
 def events(job_id: int) -> Select[Event]:
+    """A job's history, in its order."""
     return select(Event).where(Event.job_id == job_id).order_by(Event.event_id)
 
 

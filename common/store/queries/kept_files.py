@@ -15,7 +15,7 @@ MOST = 128
 
 
 def kept_files(host: str) -> Select[KeptFile]:
-    """Those of one box, the newest first."""
+    """What a box keeps of jobs that run no more, the newest first."""
     return select(KeptFile).where(KeptFile.host == host).order_by(KeptFile.at.desc(), KeptFile.key).limit(MOST)
 
 

@@ -13,13 +13,13 @@ from ..transaction import Transaction
 
 
 def read_setting(tx: Transaction, name: str) -> str | None:
-    """None: nobody has set it."""
+    """What the lab's owner has decided; None: nobody has set it."""
     setting = tx.session.get(LabSetting, name)
     return None if setting is None else setting.value
 
 
 def write_setting(tx: Transaction, name: str, value: str) -> None:
-    """Set it, in place of what was. Raises Forbidden for a login that is not the owner's."""
+    """Decide it, in place of what was. Raises Forbidden for a login that is not the owner's."""
     tx.put(LabSetting, "name", {"name": name, "value": value})
 
 

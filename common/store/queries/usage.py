@@ -100,7 +100,7 @@ def set_quota(tx: Transaction, user: str, card_hours: float, window_s: int, *, s
 
 
 def remove_quota(tx: Transaction, user: str) -> bool:
-    """False when the user has none."""
+    """Let a user have any number of card hours again; False when the user had no quota."""
     return bool(tx.session.execute(delete(Quota).where(Quota.user == user).returning(Quota.user)).first())
 
 

@@ -85,7 +85,10 @@ def tidy(tx: Transaction, now: dt.datetime) -> None:
 
 
 def read_stuck(tx: Transaction) -> list[StuckMessages]:
-    """By channel; those to the lab are left out: every event is written there, and nobody must have such a channel."""
+    """Messages that wait too long or were given up, by channel.
+
+    Those to the lab are left out: every event is written there, and nobody must have such a channel.
+    """
     now, named = tx.now(), OutboxMessage.channel != LAB
     late = OutboxMessage.due_at <= now - dt.timedelta(seconds=LATE_S)
     columns = (OutboxMessage.channel, func.count(), func.min(OutboxMessage.at))
@@ -104,7 +107,7 @@ def read_stuck(tx: Transaction) -> list[StuckMessages]:
 
 
 def read_traffic(tx: Transaction) -> list[ChannelTraffic]:
-    """By channel. Messages to the lab are left out, for nobody has to have a channel for it."""
+    """What waits and was sent lately, by channel. Messages to the lab are left out: nobody must have such a channel."""
     now = tx.now()
     waits = OutboxMessage.settled_at.is_(None) & or_(OutboxMessage.due_at <= now, OutboxMessage.tries > 0)
     lately = OutboxMessage.settled_at > now - dt.timedelta(seconds=PATIENCE_S)
