@@ -76,6 +76,19 @@ def test_a_training_that_ends_while_its_box_stops_is_stored(held: HeldLab) -> No
     assert (held.store.jobs.get(1).status, held.reasons(1)) == (Status.SUCCEEDED, [Reason.OK])
 
 
+def test_a_cancel_that_comes_once_the_training_has_ended_costs_no_result(held: HeldLab) -> None:
+    def finishes(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> Ended:
+        ended = train(order, stop, tell, sleep)
+        held.store.jobs.cancel(order.job_id, "ada")  # read by the beats while the result is stored
+        return ended
+
+    held.start(finishes)
+    held.submit()
+    held.until(1, lambda job: job.status.is_terminal)
+    assert (held.store.jobs.get(1).status, held.reasons(1)) == (Status.SUCCEEDED, [Reason.OK])
+    held.cli("adapters", "pull", 1, held.folder / "pulled")
+
+
 def test_a_trainer_that_has_said_nothing_for_half_an_hour_is_killed(
     held: HeldLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
