@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from redis import Redis
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, Engine, create_engine, text
 
+from loractl.common.errors import ExitCode
 from loractl.common.job.status import Status
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import load_settings
+from loractl.common.store.schema import HEAD
 
 from .quick_lab import LEASE_S, Lab, until
 
@@ -77,6 +80,62 @@ def test_a_database_that_is_away_or_only_reads_for_longer_than_a_lease_costs_not
     admin.dispose()
     worker.kill()
     until(lambda: not any(node.is_running() for node in nodes))  # it runs nothing that it would have to wait for
+
+
+@pytest.mark.parametrize("lab", ["upgraded_postgres"], indirect=True)
+def test_a_worker_whose_database_stays_away_ends_at_its_first_sigterm_and_saves_its_job(
+    lab: Lab, home: Path, postgres_server: str
+) -> None:
+    job_id = lab.submit("--set=training.save_steps=10", steps=150)
+    worker = lab.start()
+    lab.until(job_id, lambda job: job.has_checkpoint)
+    name = str(lab.engine.url.database)
+    admin = create_engine(postgres_server.replace("postgresql://", "postgresql+psycopg://", 1)).execution_options(
+        isolation_level="AUTOCOMMIT"
+    )
+    with admin.connect() as server:
+        _reconnect(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false", name)
+        worker.send_signal(signal.SIGTERM)
+        told, _ = worker.communicate(timeout=60)
+        assert worker.returncode == ExitCode.UNREACHABLE, told
+        assert f"job {job_id}: the database is away" in told and "Traceback" not in told and not _nodes_of(home), told
+        _reconnect(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true", name)
+    admin.dispose()
+    lab.start()
+    lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
+    assert lab.starts() == [f"{job_id}.1", f"{job_id}.2"]
+    assert (lab.store.attempts.of_job(job_id)[1].resumed_from_step or 0) >= 10
+
+
+@pytest.mark.parametrize(
+    "lab", [None, pytest.param("upgraded_postgres", marks=pytest.mark.long)], indirect=True, ids=["sqlite", "postgres"]
+)
+def test_a_worker_whose_tables_go_on_says_so_saves_its_job_and_ends(lab: Lab, home: Path) -> None:
+    job_id = lab.submit("--set=training.save_steps=10", steps=150)
+    worker = lab.start()
+    lab.until(job_id, lambda job: job.has_checkpoint)
+    _change(lab.engine, NEWER)
+    told, _ = worker.communicate(timeout=60)
+    assert worker.returncode == ExitCode.FAILED and not _nodes_of(home), told
+    sentence = f"the database is at revision 9999, this loractl needs revision {HEAD}"
+    assert f"{sentence}: heron:0 claims nothing more, and ends once its jobs have saved a checkpoint" in told
+    assert "Hint: upgrade loractl on this machine, then start it again" in told and "Traceback" not in told, told
+
+    _change(lab.engine, SAME)
+    lab.start()
+    lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
+    assert lab.starts() == [f"{job_id}.1", f"{job_id}.2"]
+    assert (lab.store.attempts.of_job(job_id)[1].resumed_from_step or 0) >= 10
+
+
+NEWER = ("ALTER TABLE jobs RENAME COLUMN loss TO last_loss", "UPDATE alembic_version SET version_num = '9999'")
+SAME = ("ALTER TABLE jobs RENAME COLUMN last_loss TO loss", f"UPDATE alembic_version SET version_num = '{HEAD}'")
+
+
+def _change(engine: Engine, tables: tuple[str, ...]) -> None:
+    with engine.begin() as connection:
+        for step in tables:
+            connection.exec_driver_sql(step)
 
 
 def _nodes_of(home: Path) -> list[psutil.Process]:

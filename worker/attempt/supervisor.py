@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,7 @@ from loractl.common.errors import (
     WrongStore,
 )
 from loractl.common.job.status import KEEPING, Reason, Stage, Status
-from loractl.common.store.database import REFUSALS, outage, told_by
+from loractl.common.store.database import REFUSALS, told_by
 from loractl.common.store.records import Progress, StoredResult
 from loractl.common.units import amount
 from loractl.worker.protocol.messages import Ended
@@ -103,11 +104,10 @@ def _finish(
 def _refused(attempt: SupervisedAttempt, error: BaseException) -> str:
     """Why the database refuses the last write. Raises the error if it is down, or if the tables are another version's:
     then it is nothing in this write."""
-    if isinstance(error, SchemaMismatch):
-        what = "once its lease ends, a worker of that revision goes on from the last stored checkpoint"
-        log.warning("job %s: %s; %s", attempt.claim.job_id, error.sentence, what)
-        raise error
-    if outage(error) is not None:
+    if (why := error.sentence if isinstance(error, SchemaMismatch) else away(error)) is not None:
+        of = " of that revision" if isinstance(error, SchemaMismatch) else ""
+        what = f"once its lease ends, a worker{of} goes on from the last stored checkpoint"
+        log.warning("job %s: %s; %s", attempt.claim.job_id, why, what)
         raise error
     log.error("job %s: the database refused its last write: %s", attempt.claim.job_id, told_by(error))
     return told_by(error)
@@ -220,14 +220,24 @@ def _not_stored(error: BaseException) -> str | None:
 
 
 def _insist(place: Workplace, attempt: SupervisedAttempt, write: Callable[[], Answer]) -> Answer:
-    """Repeat a last write until the database is back: an outage must not cost a finished training."""
+    """Repeat a last write until the database is back: an outage must not cost a finished training.
+
+    A worker that stops repeats it for a lease: after that another one may have the job. Its files stay on this box.
+    """
+    ends = math.inf
+
+    def over() -> bool:
+        nonlocal ends
+        if place.drain.asked is not None:
+            ends = min(ends, place.clock.now() + place.settings.lease_s)
+        return place.drain.wish == "now" or place.clock.now() >= ends
 
     def tell(why: str) -> None:
         attempt.turn()
         log.warning("job %s: %s: its end waits for that", attempt.claim.job_id, why)
 
     attempt.turn()
-    wait = Patience(first_s=0.5, most_s=10.0, over=lambda: place.drain.wish == "now", clock=place.clock)
+    wait = Patience(first_s=0.5, most_s=10.0, over=over, clock=place.clock)
     return wait.repeat(write, tell)
 
 
