@@ -567,6 +567,28 @@ def test_by_hand_who_submits_cannot_do_more(person: Store, box: Store, lab: Logi
     owner.dispose()
 
 
+def test_by_hand_nobody_changes_their_own_result(person: Store, box: Store, lab: Logins, postgres_url: str) -> None:
+    owner, engine = make_engine(postgres_url), make_engine(lab.person)
+    job_id = person.jobs.submit(submission())
+    claim = take(box)
+    assert isinstance(claim, Claim)
+    assert box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+    before = _all_rows(owner)
+    for kind, new in {
+        "retry": vars_of_a_retry(),
+        "edited": {"labels": {"a": "b"}},
+        "held": {"held": True},
+        "cancelled": {"status": "cancelled", "reason": "cancelled", "ended_at": str(person.now())},
+    }.items():
+        with pytest.raises(REFUSED):
+            with engine.begin() as connection:
+                connection.exec_driver_sql(_called(job_id, kind, json.dumps(new)))
+            pytest.fail(f"{kind} was let through")
+    assert _all_rows(owner) == before
+    for one in (owner, engine):
+        one.dispose()
+
+
 def _all_rows(owner: Engine) -> dict[str, list[Any]]:
     names = ("jobs", "events", "attempts", "tags", "job_labels", "sweeps", "wishes", "nodes", "looks")
     with owner.connect() as connection:
