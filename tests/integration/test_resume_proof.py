@@ -47,7 +47,7 @@ from loractl.worker.protocol.messages import Note, Saved, Start, Stepped, Told
 from loractl.worker.recipe import arguments, recipe
 from loractl.worker.recipe.checkpoint import Checkpoint
 from loractl.worker.recipe.recipe import train
-from loractl.worker.recipe.resume import belongs_to, checkpoint_to_resume, tell_resumed
+from loractl.worker.recipe.resume import PROOF_TOLERANCE, ResumeProof, belongs_to, checkpoint_to_resume, tell_resumed
 from loractl.worker.recipe.run import Run, Stopped
 
 from .. import warm
@@ -275,6 +275,24 @@ def test_another_base_under_the_same_name_is_noticed_and_its_checkpoint_not_trie
     assert [message.text for message in told if isinstance(message, Note)] == [
         "no whole checkpoint is left, so the training starts again from its first step"
     ]
+
+
+class Measured(ResumeProof):
+    """A model whose loss is known."""
+
+    def loss(self, model: float) -> float:
+        return model
+
+
+@pytest.mark.parametrize("way", [-1, 1])
+def test_a_proof_that_differs_in_either_direction_withdraws_its_checkpoint(tmp_path: Path, way: int) -> None:
+    """Another base may do better on the proof rows, too."""
+    proof = Measured(rows=(), pad=0, compute=torch.float32, lean=True)
+    saved = Checkpoint(path=tmp_path, step=3, finished=False, proof=2.0)
+    proof.check(2.0 * (1 + 0.9 * way * PROOF_TOLERANCE), saved)
+    with pytest.raises(TrainingFailed, match="its proof rows is") as failed:
+        proof.check(2.0 * (1 + 1.1 * way * PROOF_TOLERANCE), saved)
+    assert failed.value.withdrawn == str(tmp_path)
 
 
 DAMAGE = {
