@@ -130,6 +130,26 @@ def test_what_every_adapter_before_has_learned_counts_and_what_is_not_known_is_s
     assert not found[0].doubts() and found[0].of_final and found[0].of_final.doubts()
 
 
+def test_pairs_whose_chosen_answers_an_earlier_adapter_has_learned_are_known(
+    start: Callable[..., Start], tmp_path: Path, tiny_model: Path
+) -> None:
+    """What sets them apart from their rejected ones may then be that they are known."""
+    answers, pairs = tmp_path / "answers.jsonl", tmp_path / "pairs.jsonl"
+    asked = [f"ticket {n}: something with gpu is broken" for n in range(60)]
+    rows = [{"instruction": ask, "output": f"please wait {n * 7919 % 997} lines"} for n, ask in enumerate(asked)]
+    answers.write_text("\n".join(json.dumps(row) for row in rows[:50]))
+    both = [{"instruction": r["instruction"], "chosen": r["output"], "rejected": "go away"} for r in rows]
+    pairs.write_text("\n".join(map(json.dumps, both)))
+    order = start(dataset={"path": str(pairs), "test_size": 0.5}, job={"task_type": "preference"})
+    order = order.model_copy(update={"data_path": str(pairs)})
+    ancestor = Ancestor(path="", job_id=1, name="tiny", sha256="", taught=[Taught(job_id=1, **of(answers, 0.02))])
+    tokenizer = load_tokenizer(str(tiny_model), None)
+    data = prepare_rows(order.model_copy(update={"init_from": ancestor}), order.spec, tokenizer)
+    known = [one.number for one in data.held_out_examples if one.number <= 50]
+    assert len(data.given_away) >= len(known) - 1 and {*data.given_away} <= {*known} and len(known) > 20
+    assert data.resemble == "resemble rows that the adapter before it was trained on"
+
+
 def of(data: Path, share: float) -> dict[str, Any]:
     """The rows of a file but for this share, as a job is taught them."""
     return {"dataset": DatasetSpec(path=data.name, test_size=share), "paths": {"path": str(data)}}

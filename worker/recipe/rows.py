@@ -20,8 +20,6 @@ from loractl.worker.data.prepared import FinalRows, PreparedData, prepare_data, 
 from loractl.worker.data.row_forms import with_prompts
 from loractl.worker.protocol.messages import Start, Taught
 
-from .kinds import trained_kind
-
 BEFORE_ALONE = "resemble rows that the adapter before it was trained on"
 BEFORE = "resemble rows that it, or the adapter before it, was trained on"
 
@@ -55,14 +53,15 @@ def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
     told = _told(leaks)
     told["leaks"] += tuple(finding.text for finding in found if finding.kind in READ_OFF)
     data = replace(data, warnings=warnings, read_off=giveaway.read_off, rule=giveaway.rule, **told)
-    if order.init_from is not None and not trained_kind(spec).from_ancestor:
+    if order.init_from is not None:
         data = _after(data, order.init_from.taught)
     return packed(data, spec)
 
 
 def _after(data: PreparedData, lessons: Sequence[Taught]) -> PreparedData:
     """The data, knowing which of the rows to measure on were learned by adapters before this one: the bare base, with
-    which it is compared, does not know them."""
+    which it is compared, does not know them. Pairs are compared with that adapter: it knows the chosen answers, so to
+    prefer what is known is enough there."""
     own, rows, lost = {example.digest() for example in data.train_examples}, list[Examples](), list[str]()
     for taught in lessons:
         try:
