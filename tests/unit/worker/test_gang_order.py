@@ -31,6 +31,7 @@ from loractl.worker.device.devices import find_devices
 from loractl.worker.device.occupancy import RANK_VARIABLE, Watch, card_mark
 from loractl.worker.node.slots import Claimer
 from loractl.worker.protocol.messages import Ended, Rank
+from loractl.worker.recipe import other_ranks
 from loractl.worker.recipe.other_ranks import LINK_LOST, OtherRanks
 
 from ..factories import node_state, submission
@@ -145,6 +146,7 @@ def test_the_end_names_the_card_whose_rank_failed(
     """The leader only sees that its link is broken."""
     (tmp_path / "bad_rank.py").write_text(BAD_RANK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(other_ranks, "GRACE_S", 60.0)  # the rank has only begun, and imports what trains
     start = prepare(place, state)
     gang = OtherRanks(start, lambda told: None, "bad_rank")
     broken = Ended(job_id=start.job_id, reason=Reason.TRAINER_ERROR, message=LINK_LOST)

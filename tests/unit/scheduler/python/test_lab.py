@@ -57,7 +57,8 @@ def test_a_job_goes_from_a_mapping_to_its_report_and_adapter(folder: Path, capsy
     threading.Timer(0.2, finish, (job.job_id,)).start()
     job.wait(timeout=60)
     assert job.status == "succeeded"
-    assert "job 1 queued\njob 1 succeeded\n" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()
+    assert "job 1 queued" in said and said[-1] == "job 1 succeeded"
     report = job.report
     assert report.verdict == "better" and "3.00 -> 1.00" in report.sentence
     report._found.content["verdict"]["aside"] = "8 of 12 were cut off."

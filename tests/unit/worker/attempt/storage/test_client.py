@@ -112,15 +112,17 @@ def test_a_call_that_hangs_is_reported_and_has_a_deadline(artifacts: ArtifactSto
     uri, digest = stored(artifacts, tmp_path, "rows")
     other = stored(artifacts, tmp_path, "others")
     pipe, told = hang(uri), []
-    client = StoreClient(artifacts.url, CallWatch(deadline_s=1.0, slow_s=0.2, silent=told.append))
+    client, cache = StoreClient(artifacts.url), tmp_path / "cache"
+    client.fetch_dataset(*other, cache)  # its process has started: on a busy machine that takes seconds
+    watched = client.watched(CallWatch(deadline_s=1.0, slow_s=0.2, silent=told.append))
     name, began = pipe.relative_to(tmp_path / "artifacts"), time.monotonic()
     with pytest.raises(
         ServiceUnreachable, match=rf"the artifact store is unreachable at .*: reading {name} had no answer"
     ):
-        client.fetch_dataset(uri, digest, tmp_path / "cache")
+        watched.fetch_dataset(uri, digest, cache)
     assert time.monotonic() - began < 30, "one second, on a machine that may be busy"
     assert len(told) == 1 and told[0].startswith(f"reading {name} has had no answer for ")
-    assert client.fetch_dataset(*other, tmp_path / "cache").read_text() == "others", "another process goes on"
+    assert client.fetch_dataset(*other, cache).read_text() == "others", "another process goes on"
 
 
 def test_what_killed_calls_had_fetched_is_removed_by_later_ones(artifacts: ArtifactStore, tmp_path: Path) -> None:
@@ -128,10 +130,11 @@ def test_what_killed_calls_had_fetched_is_removed_by_later_ones(artifacts: Artif
     uri, digest = stored(artifacts, tmp_path, "rows")
     other = stored(artifacts, tmp_path, "others")
     pipe, cache = hang(uri), tmp_path / "cache"
-    client = StoreClient(artifacts.url, CallWatch(deadline_s=1.0))
+    client = StoreClient(artifacts.url)
     for _ in range(2):
+        client.fetch_dataset(*other, cache)  # its process has started
         with pytest.raises(ServiceUnreachable):
-            client.fetch_dataset(uri, digest, cache)
+            client.watched(CallWatch(deadline_s=1.0)).fetch_dataset(uri, digest, cache)
     old, young = cache.glob(".part-*")
     os.utime(old, (time.time() - files.DEAD_S - 1,) * 2)
     client.fetch_dataset(*other, cache)
