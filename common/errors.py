@@ -42,7 +42,7 @@ class ExitCode(enum.IntEnum):
     OK = 0
     FAILED = 1
     USAGE = 2
-    NO_SUCH_JOB = 3
+    NOT_FOUND = 3
     UNREACHABLE = 4
     INTERRUPTED = 130
 
@@ -118,7 +118,7 @@ class DataError(LoractlError):
 class JobNotFound(LoractlError):
     """There is no job with that number, name, or in that range."""
 
-    exit_code = ExitCode.NO_SUCH_JOB
+    exit_code = ExitCode.NOT_FOUND
 
     def __init__(self, job: int | str, sentence: str | None = None) -> None:
         super().__init__(sentence or f"there is no job {job}", "loractl status -a lists all jobs")
@@ -127,21 +127,16 @@ class JobNotFound(LoractlError):
 class AdapterNotFound(LoractlError):
     """No stored adapter has that number, name or tag."""
 
-    exit_code = ExitCode.NO_SUCH_JOB
+    exit_code = ExitCode.NOT_FOUND
 
-    def __init__(self, reference: str, state: str | None = None) -> None:
-        """`state`: what the job of that number does or did instead of storing one, like "is running"."""
-        sentence, hint = f"no adapter {reference} is stored", "loractl adapters lists what is stored"
-        if state is not None:
-            sentence, hint = f"job {reference} has no adapter: it {state}", f"loractl status {reference} shows more"
-        super().__init__(sentence, hint)
-        self.reference = reference
+    def __init__(self, reference: str) -> None:
+        super().__init__(f"no adapter {reference} is stored", "loractl adapters lists what is stored")
 
 
 class SweepNotFound(LoractlError):
     """There is no sweep with that number."""
 
-    exit_code = ExitCode.NO_SUCH_JOB
+    exit_code = ExitCode.NOT_FOUND
 
     def __init__(self, sweep_id: int) -> None:
         super().__init__(f"there is no sweep {sweep_id}", "loractl status -a --json names each job's sweep_id")

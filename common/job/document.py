@@ -57,7 +57,7 @@ def read_documents(path: Path, what: str = JOB_FILE) -> list[Document]:
         there = "name an existing file"
         raise wrong("no such file", f"{there}; {like}" if ours else there) from None
     except IsADirectoryError:
-        raise wrong(f"is a folder, not {what}") from None
+        raise wrong(f"is a folder, not {what}", "name one file in it") from None
     except OSError as error:
         raise wrong(f"can't be read: {error.strerror}") from None
     if len(raw) > MAX_FILE_BYTES:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.adapter_config import CONFIG, check_adapter_config, check_adapter_weights
 from loractl.common.artifacts import WEIGHTS, attempt_prefix
 from loractl.common.binding import result_binding
-from loractl.common.errors import AdapterNotFound, UsageError
+from loractl.common.errors import UsageError
 from loractl.common.job.names import LATEST, parse_reference
-from loractl.scheduler.report.answer import result_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -125,13 +124,7 @@ def stored_adapter(store: Store, text: str) -> tuple[StoredAdapter, Job]:
     Raises UsageError for a text that is not a name, AdapterNotFound; WrongState, with the reason, for a job without an
     adapter.
     """
-    reference = parse_reference(text)
-    try:
-        row = store.adapters.get(reference)
-    except AdapterNotFound:
-        if reference.job_id is not None:
-            result_of(store, reference.job_id)
-        raise
+    row = store.adapters.get(parse_reference(text))
     number = row.job_id
     adapter = _stored(
         row, store.adapters.tags([number]).get(number, []), store.adapters.ancestors([number]).get(number)

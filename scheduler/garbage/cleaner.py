@@ -18,7 +18,7 @@ from typing import Any
 
 from loractl.common.artifacts import ArtifactStore, Holding, attempt_prefix
 from loractl.common.binding import result_binding
-from loractl.common.errors import AdapterNotFound, ArtifactError, LoractlError, UsageError
+from loractl.common.errors import AdapterNotFound, ArtifactError, LoractlError, UsageError, WrongState
 from loractl.common.files import Unfinished, remove_tree
 from loractl.common.settings import Settings
 from loractl.common.store.records import PastJob
@@ -275,7 +275,7 @@ class Cleaner:
             return True
         try:
             self._artifacts.read_bytes(result_binding(self._store, job), "log.txt")
-        except (ArtifactError, AdapterNotFound):
+        except (ArtifactError, AdapterNotFound, WrongState):
             return False
         return True
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from loractl.common.errors import AdapterNotFound, JobNotFound, UsageError
+from loractl.common.errors import AdapterNotFound, JobNotFound, UsageError, WrongState
 from loractl.common.fingerprint import may_be_published
 from loractl.common.job.ancestor import misfits
 from loractl.common.job.file import override_spec
@@ -92,7 +92,7 @@ def _settle_stored(spec: JobSpec, text: str, store: Store) -> JobSpec:
         return _begun_from(spec, _spec_of(store, reference.job_id), f"job {reference.job_id}")
     try:
         row = store.adapters.get(reference)
-    except AdapterNotFound as error:
+    except (AdapterNotFound, WrongState) as error:
         hint = "loractl adapters lists them"
         if (awaited := _awaited_as(spec, text, store)) is not None:
             hint = f"for the adapter that job {awaited} will have: lora: {{init_from: {{job: {awaited}}}}}"

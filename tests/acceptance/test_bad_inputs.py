@@ -298,7 +298,18 @@ def test_results_that_are_not_there_yet_are_refused_kindly(cli: Cli, tmp_path: P
     write_helpdesk(tmp_path / "data.jsonl")
     cli("submit", tmp_path / "job.yaml")
     _answered(cli("report", 1, code=None), "job 1 has no result: it is queued", 1)
-    _answered(cli("adapters", "pull", 1, tmp_path / "new", code=None), "it is queued", 1)
+    for command in (
+        ("adapters", "pull", 1, tmp_path / "new"),
+        ("adapters", "show", 1),
+        ("adapters", "tag", 1, "prod"),
+        ("generate", 1, "hi"),
+    ):
+        told = _answered(cli(*command, code=None), "job 1 has no adapter: it is queued", 1)
+        assert told.splitlines() == [
+            "Error: job 1 has no adapter: it is queued",
+            "Hint: loractl status 1 shows its state",
+        ]
+    _answered(cli("generate", 9, "hi", code=None), "there is no job 9", 3)
     _answered(cli("adapters", "pull", 1, tmp_path, code=None), "is not empty", 2)
     told = _answered(cli("retry", 1, code=None), "only a failed or cancelled job", 1)
     assert told.endswith("Hint: loractl status 1 shows its state\n")

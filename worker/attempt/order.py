@@ -19,7 +19,7 @@ from loractl.common.adapter_config import CONFIG, check_adapter_config
 from loractl.common.artifacts import WEIGHTS
 from loractl.common.binding import checkpoint_binding, result_binding
 from loractl.common.channels import VARIABLES
-from loractl.common.errors import AdapterNotFound, ArtifactError, JobNotFound, ServiceUnreachable
+from loractl.common.errors import AdapterNotFound, ArtifactError, JobNotFound, ServiceUnreachable, WrongState
 from loractl.common.files import remove_tree
 from loractl.common.job.ancestor import ancestor_job, misfits
 from loractl.common.job.method import Method
@@ -207,7 +207,7 @@ def _ancestor(place: Workplace, attempt: SupervisedAttempt) -> Ancestor | None:
         raise Refused("lora.init_from: the row does not name it by a job's number")
     try:
         row, job = store.adapters.get(Reference(job_id=job_id)), store.jobs.get(job_id)
-    except (AdapterNotFound, JobNotFound):
+    except (AdapterNotFound, JobNotFound, WrongState):
         raise Refused(f"lora.init_from: the adapter of job {job_id} was removed") from None
     if wrong := misfits(spec, JobSpec.model_validate(job.spec)):
         raise Refused(f"lora.init_from: {wrong[0]} (job {job_id})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,13 +32,9 @@ def generate(adapter: str, prompts: tuple[str, ...], base: bool, as_json: bool, 
     texts = [sys.stdin.read() if text == "-" else text for text in prompts or ("-",)]
     if not all(text.strip() for text in texts):
         raise UsageError("the prompt is empty", f'loractl generate {adapter} "..."')
-    loading(adapter)
     from loractl.common.progress import working
-    from loractl.common.settings import load_settings
-    from loractl.worker.serving.conversation import Style, open_conversation
-    from loractl.worker.serving.library import Library
 
-    conversation = open_conversation(Library(load_settings(), warn), adapter, Style(**style), tell, warn)
+    conversation = _opened(adapter, style)
     with working("Answers", len(texts)) as report:
         answers = conversation.complete(texts, base=base, ended=report)
     if as_json:
@@ -46,6 +42,18 @@ def generate(adapter: str, prompts: tuple[str, ...], base: bool, as_json: bool, 
         return
     for answer in answers:
         click.echo(clean_answer(answer.text))
+
+
+def _opened(adapter: str, style: Mapping[str, Any]) -> Conversation:
+    from loractl.common.settings import load_settings
+    from loractl.worker.serving.library import Library
+
+    library = Library(load_settings(), warn)
+    library.find(adapter)  # refused before anything is loaded
+    loading(adapter)
+    from loractl.worker.serving.conversation import Style, open_conversation
+
+    return open_conversation(library, adapter, Style(**style), tell, warn)
 
 
 COMMANDS = {
@@ -65,12 +73,7 @@ def chat(adapter: str, **style: Any) -> None:
 
     /base lets the base answer the last question, /help lists the rest.
     """
-    loading(adapter)
-    from loractl.common.settings import load_settings
-    from loractl.worker.serving.conversation import Style, open_conversation
-    from loractl.worker.serving.library import Library
-
-    conversation = open_conversation(Library(load_settings(), warn), adapter, Style(**style), tell, warn)
+    conversation = _opened(adapter, style)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  arrow keys and history for input()

@@ -20,7 +20,7 @@ from .lab_settings import refuse_stranger
 
 
 def read_adapter(tx: Transaction, reference: Reference) -> Adapter:
-    """The stored adapter that a person means. Raises JobNotFound, AdapterNotFound."""
+    """The stored adapter that a person means. Raises JobNotFound, AdapterNotFound; WrongState if its job has none."""
     if reference.job_id is not None:
         read_job(tx, reference.job_id)
     return _find(tx.session, reference)
@@ -51,13 +51,15 @@ def _tagged(tx: Transaction, name: str, tag: str) -> int | None:
 
 
 def _find(session: Session, reference: Reference) -> Adapter:
-    """Raises AdapterNotFound, also for a job that is not there."""
+    """Raises AdapterNotFound, also for a job that is not there, WrongState while the job has none."""
     adapter = session.scalars(_matching(reference).limit(1)).first()
-    if adapter is None:
-        job = None if reference.job_id is None else session.get(Job, reference.job_id)
-        state = None if job is None or job.status is Status.SUCCEEDED else job.status.in_words
-        raise AdapterNotFound(str(reference), state)
-    return adapter
+    if adapter is not None:
+        return adapter
+    job = None if reference.job_id is None else session.get(Job, reference.job_id)
+    if job is None or job.status is Status.SUCCEEDED:
+        raise AdapterNotFound(str(reference))
+    what = f"job {job.job_id} has no adapter: it {job.status.in_words}"
+    raise WrongState(what, f"loractl status {job.job_id} shows its state")
 
 
 def _matching(reference: Reference) -> Select[Adapter]:

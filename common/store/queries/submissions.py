@@ -210,7 +210,9 @@ def cancel(tx: Transaction, job_id: int, user: str) -> Job:
             if (cancelled := change_row(tx, job, "cancelled", over, user)) is not None:
                 return cancelled
         else:
-            raise WrongState(f"job {job_id} has already {_ended_as(job)}")
+            again, result = f"loractl retry {job_id} queues it again", f"loractl report {job_id} shows what it measured"
+            what = f"job {job_id} has already {_ended_as(job)}"
+            raise WrongState(what, result if job.status is Status.SUCCEEDED else again)
     raise _changed(job_id)
 
 

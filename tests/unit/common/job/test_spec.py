@@ -544,7 +544,8 @@ def test_a_file_that_cannot_be_a_job_is_refused_in_a_sentence(tmp_path: Path) ->
     latin = tmp_path / "latin.yaml"
     latin.write_bytes("name: Büro\n".encode("latin-1"))
     assert only(latin).what == "is not UTF-8 text"
-    assert only(tmp_path).what == "is a folder, not a job file"
+    problem = only(tmp_path)
+    assert (problem.what, problem.hint) == ("is a folder, not a job file", "name one file in it")
     assert only(tmp_path / "absent.yaml").what == "no such file"
 
 

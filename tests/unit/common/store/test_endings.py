@@ -75,14 +75,19 @@ def test_a_job_that_was_done_before_it_heard_of_the_cancel_has_succeeded(store: 
 
 
 @pytest.mark.parametrize(
-    ("reason", "word"),
-    [(Reason.OK, "succeeded"), (Reason.DIVERGED, "failed"), (Reason.CANCELLED, "been cancelled")],
+    ("reason", "word", "hint"),
+    [
+        (Reason.OK, "succeeded", "loractl report {} shows what it measured"),
+        (Reason.DIVERGED, "failed", "loractl retry {} queues it again"),
+        (Reason.CANCELLED, "been cancelled", "loractl retry {} queues it again"),
+    ],
 )
-def test_an_ended_job_cannot_be_cancelled(store: Store, reason: Reason, word: str) -> None:
+def test_an_ended_job_cannot_be_cancelled(store: Store, reason: Reason, word: str, hint: str) -> None:
     job_id = store.jobs.submit(submission())
     end(store, reason)
-    with pytest.raises(WrongState, match=f"job {job_id} has already {word}"):
+    with pytest.raises(WrongState, match=f"job {job_id} has already {word}") as refused:
         store.jobs.cancel(job_id, "bob")
+    assert refused.value.hint == hint.format(job_id)
 
 
 def test_finishing_twice_changes_nothing_and_recognises_its_own_success(store: Store) -> None:

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Connection, event, update
 from sqlalchemy.orm import Session
 
-from loractl.common.errors import AdapterNotFound, JobNotFound, WrongState
+from loractl.common.errors import JobNotFound, WrongState
 from loractl.common.job.names import Reference
 from loractl.common.job.status import Reason, Status
 from loractl.common.store.database import make_engine
@@ -139,12 +139,12 @@ def test_a_number_that_no_job_can_have_is_not_found(store: Store) -> None:
 def test_who_asks_for_an_adapter_too_early_reads_what_its_job_does(store: Store, end: Reason | None) -> None:
     """ "no adapter 1 is stored" sounded as if there were no such job."""
     job_id = store.jobs.submit(submission())
-    with pytest.raises(AdapterNotFound, match=f"job {job_id} has no adapter: it is queued"):
+    with pytest.raises(WrongState, match=f"job {job_id} has no adapter: it is queued"):
         store.adapters.get(Reference(job_id=job_id))
     mine = take(store)
     assert isinstance(mine, Claim)
     if end is not None:
         store.attempts.finish(mine, end, "told", Progress())
-    with pytest.raises(AdapterNotFound, match="it has failed" if end else "it is running") as caught:
+    with pytest.raises(WrongState, match="it has failed" if end else "it is running") as caught:
         store.adapters.get(Reference(job_id=job_id))
     assert str(caught.value.hint).startswith(f"loractl status {job_id}")

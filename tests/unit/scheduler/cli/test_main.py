@@ -150,8 +150,8 @@ def test_an_unknown_command_gets_a_hint_and_exit_code_2(cli: Cli, typed: str, hi
 @pytest.mark.parametrize(
     ("args", "code", "sentence"),
     [
-        (("status", "99"), ExitCode.NO_SUCH_JOB, "Error: there is no job 99\nHint: loractl status -a lists all jobs\n"),
-        (("cancel", "99"), ExitCode.NO_SUCH_JOB, "Error: there is no job 99\n"),
+        (("status", "99"), ExitCode.NOT_FOUND, "Error: there is no job 99\nHint: loractl status -a lists all jobs\n"),
+        (("cancel", "99"), ExitCode.NOT_FOUND, "Error: there is no job 99\n"),
         (("status", "--label", "x"), ExitCode.USAGE, "Error: --label x is not of the form KEY=VALUE\n"),
         (("status", "--watch"), ExitCode.USAGE, "Error: --watch without a JOB needs a terminal\n"),
         (("submit", "absent.yaml"), ExitCode.USAGE, "Error: absent.yaml: no such file\n"),
@@ -165,7 +165,7 @@ def test_an_unknown_command_gets_a_hint_and_exit_code_2(cli: Cli, typed: str, hi
         ),
         (("chat",), ExitCode.USAGE, "Error: Missing argument 'ADAPTER'.\nHint: loractl chat --help\n"),
         (("completion",), ExitCode.USAGE, "Error: Missing argument '{bash|zsh|fish}'. Choose from: bash, zsh, fish\n"),
-        (("status", "seven"), ExitCode.NO_SUCH_JOB, "Error: there is no job seven\n"),
+        (("status", "seven"), ExitCode.NOT_FOUND, "Error: there is no job seven\n"),
     ],
 )
 def test_a_mistake_is_a_sentence_with_an_exit_code_and_no_traceback(
@@ -186,7 +186,7 @@ def test_a_path_that_no_file_can_have_is_a_mistake_of_the_job_file(cli: Cli, tmp
 
 
 def test_the_traceback_is_shown_to_those_who_ask_for_it(cli: Cli) -> None:
-    done = cli("--debug", "status", "99", code=ExitCode.NO_SUCH_JOB)
+    done = cli("--debug", "status", "99", code=ExitCode.NOT_FOUND)
     assert "Traceback" in done.stderr
     assert done.stderr.endswith("Error: there is no job 99\nHint: loractl status -a lists all jobs\n")
 
