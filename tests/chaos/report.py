@@ -95,8 +95,6 @@ def _counts(outcome: Outcome) -> list[str]:
     history = outcome.history
     statuses = Counter(job["status"] for job in history.jobs.values())
     reasons = Counter(attempt.reason for attempt in history.attempts)
-    lost = sum(b.promise == 1 and "printed" in b.what for b in outcome.broken)
-    twice = sum(("times" in b.what and b.promise == 1) or "all ended well" in b.what for b in outcome.broken)
     ganged = [attempt for attempt in history.attempts if attempt.cards]
     gangs = [history.jobs[job_id] for job_id in sorted({attempt.job_id for attempt in ganged})]
     chained = {c.job_id for c in history.changes if c.what == "job" and c.new is not None and c.new.get("awaits")}
@@ -116,14 +114,9 @@ def _counts(outcome: Outcome) -> list[str]:
         ("jobs that start after others", str(len(chained))),
         ("of them started by an edit, since the awaited job had failed or was cancelled", str(outcome.let_go)),
         ("single ranks killed", str(sum(hit.rank for hit in history.hits))),
-        ("processes of an attempt left behind", str(sum(b.promise == 6 for b in outcome.broken))),
-        ("ended because of another job's fault", str(sum(b.promise == 9 for b in outcome.broken))),
         ("held after three failures of the lab, and released", str(outcome.released)),
         ("drained for failures, repaired and opened again", str(outcome.mended)),
-        ("failed because of the lab", str(sum(b.promise == 8 for b in outcome.broken))),
         ("statements of a hostile login that PostgreSQL allowed", str(outcome.held)),
-        ("lost", str(lost)),
-        ("ended twice", str(twice)),
         ("seconds", f"{outcome.seconds:.0f}"),
     ]
     return ["| what | count |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
