@@ -29,10 +29,6 @@ def default_max_jobs(total: int) -> int:
     return SHARED_JOBS if total >= SHARED_FROM_BYTES else 1
 
 
-CONTENTION = 0.5
-"""Each of k jobs on a card is taken to run at 1 / (1 + CONTENTION * (k - 1)) of its speed. Assumed, not measured: 0 if
-they did not slow each other, 1 if they took turns."""
-
 UNMEASURED_S = 3600.0
 """A job whose time to a checkpoint was not measured begins where an hour is left, or half of the card's whole window.
 So a short allocation takes new jobs too, and one that is nearly over takes none in vain."""
@@ -53,6 +49,7 @@ class Yields:
     submitted: dt.datetime
     stops: int = 0  # how often it was asked to stop for others before
     cost_s: float = STOP_COST_S
+    slowed: float = 1.0  # times as long as jobs just like it took on such a card, so any other would there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +86,7 @@ class Card:
     gangs: bool = False  # may be one of several cards for one job
     silent: bool = False  # not heard of lately: no job on several cards begins there, though one may wait for it
     stuck: bool = False  # takes no job that the rule gives it: none begins there, though one on several may wait for it
+    contention: float | None = None  # measured on cards of its model; None: CONTENTION is assumed
     bf16: bool | None = None  # whether it computes in bfloat16, unless a job says otherwise; None: not known
     left_s: float | None = None  # until its worker stops, as it has said; None: it stays
     window_s: float | None = None  # from its worker's start until then

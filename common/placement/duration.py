@@ -43,6 +43,21 @@ NEWEST = 25
 """The most attempts that a prediction is the median of."""
 
 
+CONTENTION = 0.5
+"""Each of k jobs on a card is taken to run at 1 / (1 + CONTENTION * (k - 1)) of its speed: 0 if they did not slow each
+other, 1 if they took turns. Assumed until it is measured on such a card."""
+
+COMPARED = 3
+"""As many jobs that were alone on their card, and as many that shared it, make it measured."""
+
+ALONE, SHARED = 0.1, 0.5
+"""Other jobs on its card, on average over its steps: at most, of one that was alone, and at least, of one that shared.
+"""
+
+MOST_CONTENTION = 100.0
+"""No more is kept: by then no job shares a card."""
+
+
 class Basis(enum.StrEnum):
     """What a prediction rests on, the best first."""
 
@@ -162,13 +177,21 @@ class TimedRun:
     steps: int | None
     seconds: float | None  # from its start to its end; None: it did not come to a good end
     resumed: bool = False
+    roomy: bool | None = None  # had the room to do without recomputing
+    neighbours: float | None = None  # other jobs on its card in its steps, on average; None: an older worker's
+    contention: float = CONTENTION  # of its card's model, measured or assumed
+
+    @property
+    def slowed(self) -> float:
+        """How many times as long it took as it would have alone on its card."""
+        return 1.0 + self.contention * (self.neighbours or 0.0)
 
     @functools.cached_property
     def pace(self) -> float | None:
-        """Seconds a token."""
+        """Seconds a token, with a card of its own."""
         if self.extent is None or not self.steps or not self.trained_s:
             return None
-        return self.trained_s / (self.steps * self.extent.step_tokens)
+        return self.trained_s / (self.steps * self.extent.step_tokens) / self.slowed
 
     @functools.cached_property
     def slowness(self) -> float | None:
@@ -244,6 +267,7 @@ def _speed(job: Undone, device: str, runs: Sequence[TimedRun], known: Speeds) ->
     if key not in known:
         found = _pace(job, device, runs)
         near = _nearest(job, device, runs)
+        closing = _first_median(near, _closing)
         known[key] = (
             None
             if found is None
@@ -252,7 +276,7 @@ def _speed(job: Undone, device: str, runs: Sequence[TimedRun], known: Speeds) ->
                 basis=found[1],
                 count=found[2],
                 prepared_s=_first_median(near, lambda run: run.prepared_s) or 0.0,
-                closing=_first_median(near, _closing) or 1.0,
+                closing=1.0 if closing is None else closing,
             )
         )
     return known[key]
@@ -309,7 +333,7 @@ def _closing(run: TimedRun) -> float | None:
     """What followed the last step, over what is counted for it at the pace of the training."""
     if run.closing_s is None or run.extent is None or run.pace is None:
         return None
-    return run.closing_s / (run.extent.closing_tokens * run.pace + ENDING_S)
+    return run.closing_s / (run.extent.closing_tokens * run.pace * run.slowed + ENDING_S)
 
 
 def _first_median(pools: Iterable[Sequence[TimedRun]], of: Callable[[TimedRun], float | None]) -> float | None:
@@ -327,9 +351,28 @@ def _by_the_past(job: Undone, runs: Sequence[TimedRun]) -> Forecast:
     mine = [run for run in whole if run.user == job.user]
     for some in (like, [run for run in mine if run.base_model == job.base_model], mine):
         if some:
-            took = statistics.median(run.seconds or 0.0 for run in some[:NEWEST])
+            took = statistics.median((run.seconds or 0.0) / run.slowed for run in some[:NEWEST])
             return Forecast(seconds=took * job.share, basis=Basis.PAST, count=len(some[:NEWEST]))
     return replace(UNKNOWN, seconds=UNKNOWN_S * job.share)
+
+
+def measured_contention(runs: Iterable[TimedRun], device: str) -> float | None:
+    """What CONTENTION is on cards of this model: the median by how much jobs that shared a card were slower than jobs
+    just like them that had one alone. None: too few of either were measured."""
+    like: dict[object, list[TimedRun]] = {}
+    for run in runs:
+        if run.device == device and run.pace and run.neighbours is not None and run.need_key is not None:
+            like.setdefault((run.base_model, run.method, run.need_key, run.roomy), []).append(run)
+    found, compared = list[float](), 0
+    for some in like.values():
+        alone = [run.pace for run in some if run.pace and (run.neighbours or 0.0) <= ALONE]
+        shared = [run for run in some if run.neighbours and run.neighbours >= SHARED]
+        if alone and shared:
+            own, compared = statistics.median(alone), compared + len(alone)
+            found += [((run.pace or 0.0) * run.slowed / own - 1) / (run.neighbours or 1.0) for run in shared]
+    if min(compared, len(found)) < COMPARED:
+        return None
+    return min(max(0.0, statistics.median(found)), MOST_CONTENTION)
 
 
 def seconds_left(predicted_s: float, ran_s: float) -> float:

@@ -4,7 +4,8 @@ Pure functions of values. The fleet's round, `loractl why` and the replay all as
 
 A running job yields to a much shorter one if all of this holds:
 
-- what is left of it is at least RATIO times what is left of the waiting one and what the stop costs;
+- what is left of it is at least RATIO times what is left of the waiting one and what the stop costs; what slows it
+  against jobs just like it, such as others on its card, would slow the waiting one there too;
 - the priority of the waiting one is no lower;
 - the waiting one would go before it in the rule's order, if both waited;
 - it has run undisturbed for long enough (`undisturbed_s`), twice as long for each time that it was stopped before;
@@ -225,7 +226,7 @@ def yield_to(
             for one in yielding.get(card.node, ())
             if one.yields is not None
             and one.priority <= job.priority
-            and left_s(one, now) >= RATIO * (job.left_s + one.yields.cost_s)
+            and left_s(one, now) >= RATIO * (job.left_s * one.yields.slowed + one.yields.cost_s)
             and mine < turns[one.job_id]
         ]
 

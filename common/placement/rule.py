@@ -23,7 +23,6 @@ from loractl.common.job.method import Method, Parallel, RoomyForm, SharedNeed
 from loractl.common.units import GIB
 
 from .cards import (
-    CONTENTION,
     Card,
     Kept,
     Occupant,
@@ -36,6 +35,7 @@ from .cards import (
     room_for,
     takes,
 )
+from .duration import CONTENTION
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
 from .lines import Queue, Waiting, in_turn, waited, waited_again
 from .shares import HALF_LIFE_S, LAST, NONE_LEFT, START_CHARGE_S
@@ -321,10 +321,11 @@ def _sooner_alone(found: Placement, fleet: _Fleet) -> str | None:
     """The card that will be empty first, if by then the job has waited for less than sharing a card costs it.
 
     Both sides of the comparison stay the same while time passes, so a round that stops jobs for this one agrees with
-    the claim after it. The wait for an empty card is at most CONTENTION * (jobs beside it) * (the job's seconds left).
+    the claim after it. The wait for an empty card is at most contention * (jobs beside it) * (the job's seconds left).
     """
-    job, others = found.job, len(fleet.cards[found.node].running)
-    patience_s = CONTENTION * others * job.left_s - waited_again(job, fleet.now)
+    job, shared = found.job, fleet.cards[found.node]
+    contention = CONTENTION if shared.contention is None else shared.contention
+    patience_s = contention * len(shared.running) * job.left_s - waited_again(job, fleet.now)
     if fleet.shares or patience_s <= 0:
         return None
     for empty_s, _, node in fleet.emptying:

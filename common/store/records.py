@@ -121,6 +121,7 @@ class Progress:
     prepared_s: float | None = None  # from the attempt's start to its first step
     trained_s: float | None = None  # in its steps so far
     trained_steps: int | None = None
+    neighbours: float | None = None  # other jobs on its card in these steps, on average
     adjustment: Adjustment | None = None  # of the run to what its memory allows, kept for later attempts
     result_host: str | None = None  # the box that holds a finished result; empty: none does
     withdrawn: str | None = None  # the prefix of the stored checkpoint that no attempt goes on from any more

@@ -72,7 +72,7 @@ GRANT UPDATE (status, reason, message, stage, preempted_by, stops, held, not_bef
     family, engine, queue_key, lora_until, checkpoint, adjustment, adapter_uri, report_uri, result_host, result_until,
     manifest_sha256, lab_failures, lab_step, avoids, gangs, roomy, checkpoint_s, begun_bf16, forecasts, work_left_s)
     ON jobs TO loractl_worker;
-GRANT INSERT, UPDATE ON attempts, uses, usage, fleet_rounds, locks TO loractl_worker;
+GRANT INSERT, UPDATE ON attempts, contentions, uses, usage, fleet_rounds, locks TO loractl_worker;
 GRANT UPDATE (used, below_at) ON quotas TO loractl_worker; -- the owner alone sets one
 GRANT DELETE ON wishes TO loractl_worker;
 GRANT INSERT, UPDATE, DELETE ON nodes, drains, tags, outbox, kept_files TO loractl_worker;

@@ -15,7 +15,7 @@ from loractl.common.errors import LoractlError, SchemaMismatch, SchemaTooOld, Wr
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0052"
+HEAD = "0053"
 """The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
 
 OLDEST = "0031"

@@ -369,6 +369,8 @@ class Attempt(Base):
     prepared_s: Mapped[Seconds | None]  # from its start to its first step
     trained_s: Mapped[Seconds | None]  # in its steps, with what was measured between them
     trained_steps: Mapped[int | None]
+    # other jobs on its card in these steps, on average; null: an older worker's
+    neighbours: Mapped[float | None] = mapped_column(Real(0))
     lease_expires_at: Mapped[Timestamp | None]  # holds the lease while somebody's transaction has the job's row locked
 
 
@@ -472,6 +474,15 @@ class Node(Base):
     def usable(self) -> int:
         """What our jobs could ever take of it."""
         return self.total - self.kept_free
+
+
+class CardContention(Base):
+    """How much jobs on one card slow each other, as it was measured on a model of card."""
+
+    __tablename__ = "contentions"
+
+    device_name: Mapped[str] = mapped_column(primary_key=True)
+    contention: Mapped[float] = mapped_column(Real(0))  # see `cards.CONTENTION`
 
 
 LEASES = "leases"

@@ -35,12 +35,14 @@ class DeviceState:
         return self.spread.get(job_id, (self.row.node,))
 
     def as_json(self) -> dict[str, Any]:
-        """The fields under their own names, `free` as of now, and `reserved`, `open`, `jobs`, `drained` and `failures`.
+        """The fields under their own names, `free` as of now, and `reserved`, `open`, `jobs`, `contention`, `drained`
+        and `failures`.
 
         `outside`: of each process its `pid`, `user`, `name` and `bytes`; `reserved`: bytes of running jobs; `open`:
         whether it takes jobs; `jobs`: `job_id`, `user` and `reserved` bytes of each that runs there, and all its
-        `cards`; `drained`: null, or of the order its `user`, `reason` and `until` (null: until loractl undrain);
-        `failures`: how many attempts failed there for the lab, by reason.
+        `cards`; `contention`: how much longer a job takes for each other on such a card, at 1 twice as long (null: not
+        measured, 0.5 is assumed); `drained`: null, or of the order its `user`, `reason` and `until` (null: until
+        loractl undrain); `failures`: how many attempts failed there for the lab, by reason.
         """
         return {
             **self.row.as_json(),
@@ -51,6 +53,7 @@ class DeviceState:
                 {"job_id": j.job_id, "user": j.user, "reserved": j.reserved, "cards": list(self.cards_of(j.job_id))}
                 for j in self.card.running
             ],
+            "contention": self.card.contention,
             "drained": None if self.closed_by is None else self.closed_by.as_json("user", "reason", "until"),
             "failures": dict(self.failures),
         }

@@ -86,5 +86,7 @@ def _users(device: DeviceState, now: dt.datetime) -> str:
         others = [*others[:2], f"{len(others) - 2} more"]
     failures = ", ".join(f"{count} {reason}" for reason, count in sorted(device.failures.items()))
     notes = [f"failed lately: {failures}"] if failures else []
+    if device.card.contention is not None and device.card.max_jobs > 1:
+        notes.append(f"jobs take {device.card.contention:.0%} longer for each other (measured)")
     notes += [] if device.row.until is None else [f"until {clock(device.row.until, now)}"]
     return ", ".join([*_jobs(device), *others, *notes]) or "–"

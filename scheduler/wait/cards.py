@@ -24,6 +24,7 @@ from loractl.common.placement.cards import (
     time_to_checkpoint,
     unsuited,
 )
+from loractl.common.placement.duration import CONTENTION
 from loractl.common.placement.gangs import gang_of, may_share
 from loractl.common.placement.lines import Waiting, waited
 from loractl.common.placement.refusals import out_of_reach
@@ -211,7 +212,10 @@ class Asking:
         declined = view.declined.get(me.job_id)
         if declined is not None and (card.running or card.node == declined.node):
             (empty,) = [node for node, kept in view.kept.items() if kept.job.job_id == me.job_id]
-            text = f"has room next to others, but the job is sooner done alone on {empty}, which is kept for it"
+            shared = view.cards[declined.node].contention
+            longer = f"{CONTENTION:.0%} longer (assumed)" if shared is None else f"{shared:.0%} longer (measured)"
+            text = f"has room next to others, where the job takes {longer} for each"
+            text += f"; it is sooner done alone on {empty}, which is kept for it"
             return Offer(chance=Chance.FREE, word="alone", text=text)
         if here:
             first = here[-1]

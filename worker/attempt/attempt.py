@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import queue
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -45,9 +46,11 @@ class Paced:
 
     began: float  # by the clock
     predicted_s: float | None  # of the attempt, as it began; None: nothing was known
+    others: Callable[[], int] = lambda: 0  # jobs on its card at this moment besides it
     prepared_s: float | None = None  # until the first step
     trained_s: float = 0.0
     steps: int = 0
+    shared_steps: int = 0  # each counts once for every other job that was on the card as it ended
     _trains: bool = False
     _told: tuple[float, float] | None = None  # the seconds that the trainer expected to need, and when
     _last: tuple[float, int] | None = None  # when this trainer last reported a further step, and which
@@ -67,6 +70,7 @@ class Paced:
         if self._last is not None and step > self._last[1]:
             self.trained_s += now - self._last[0]
             self.steps += step - self._last[1]
+            self.shared_steps += (step - self._last[1]) * self.others()
         if self._last is None or step > self._last[1]:
             self._last = now, step
 
@@ -83,6 +87,7 @@ class Paced:
             prepared_s=self.prepared_s,
             trained_s=self.trained_s or None,
             trained_steps=self.steps or None,
+            neighbours=self.shared_steps / self.steps if self.steps else None,
         )
 
 
@@ -307,14 +312,16 @@ class SupervisedAttempt:
         log.info("job %s: step %s of %s, loss %.3f", message.job_id, message.step, message.total_steps, loss)
 
 
-def begin(claim: Claim, work_dir: Path, clock: NodeClock = SYSTEM) -> SupervisedAttempt:
-    """An attempt that was just claimed."""
+def begin(
+    claim: Claim, work_dir: Path, clock: NodeClock = SYSTEM, others: Callable[[], int] = lambda: 0
+) -> SupervisedAttempt:
+    """An attempt that was just claimed. `others`: jobs on its card at the moment besides it."""
     return SupervisedAttempt(
         claim=claim,
         folder=work_dir / str(claim.job_id) / f"attempt-{claim.attempt}",
         clock=clock,
         heard=Heard(at=clock.now(), adjustment=claim.adjustment),
-        paced=Paced(began=clock.now(), predicted_s=claim.seconds_predicted),
+        paced=Paced(began=clock.now(), predicted_s=claim.seconds_predicted, others=others),
         wishes=Wishes(time_limit=claim.spec.resources.time_limit),
         unwritten=Unwritten(log=LogBook(clock=clock)),
         own=Supervision(turned_at=clock.now()),

@@ -207,7 +207,8 @@ class Slots:
         """Claim and run jobs until no waiting job is for this device. `calls`: the count that woke this slot."""
         after_job = False
         while not self._closing and (claim := self._claim(calls, after_job=after_job)) is not None:
-            attempt = self._attempts[slot] = begin(claim, self._place.settings.work_dir, self._place.clock)
+            attempt = begin(claim, self._place.settings.work_dir, self._place.clock, lambda: len(self._attempts) - 1)
+            self._attempts[slot] = attempt
             self._changed()
             if self._count > 1:
                 self.wake()  # another slot may have room for the next job

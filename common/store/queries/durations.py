@@ -9,6 +9,7 @@ from sqlalchemy import text as sql
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.duration import (
+    CONTENTION,
     Basis,
     Extent,
     Speeds,
@@ -16,11 +17,12 @@ from loractl.common.placement.duration import (
     TimeMeasured,
     Undone,
     forecast,
+    measured_contention,
     shortest,
 )
 
 from ..columns import word
-from ..tables import ON_SEVERAL_CARDS, WAITS, Attempt, Job, Node
+from ..tables import ON_SEVERAL_CARDS, WAITS, Attempt, CardContention, Job, Node
 from ..transaction import SKIP_LOCKED, Transaction
 
 READ = 50
@@ -46,9 +48,11 @@ def read_timed(tx: Transaction, base_model: str, now: dt.datetime) -> list[Timed
     columns = (
         Job.user, Job.base_model, Job.need_key, Job.extent, Attempt.job_id, Attempt.attempt, Attempt.method,
         Attempt.device_name, Attempt.prepared_s, Attempt.trained_s, Attempt.trained_steps, Attempt.started_at,
-        Attempt.ended_at, Attempt.reason, Attempt.resumed_from_step,
+        Attempt.ended_at, Attempt.reason, Attempt.resumed_from_step, Attempt.roomy, Attempt.neighbours,
+        CardContention.contention,
     )  # fmt: skip
     ended = select(*columns).join(Attempt, Attempt.job_id == Job.job_id)
+    ended = ended.outerjoin(CardContention, CardContention.device_name == Attempt.device_name)
     ended = ended.where(Attempt.ended_at.is_not(None), ~ON_SEVERAL_CARDS).limit(READ)
     parts = (  # each by an index, and none reads more than it gives
         ended.where(sql("jobs.attempt > 0"), Job.base_model == base_model).order_by(Job.job_id.desc()),
@@ -70,6 +74,9 @@ def read_timed(tx: Transaction, base_model: str, now: dt.datetime) -> list[Timed
             steps=row.trained_steps,
             seconds=_between(row.started_at, row.ended_at) if row.reason is Reason.OK else None,
             resumed=bool(row.resumed_from_step),
+            roomy=row.roomy,
+            neighbours=row.neighbours,
+            contention=CONTENTION if row.contention is None else row.contention,
         )
         for row in newest
     ]
@@ -138,6 +145,7 @@ def undone(job: Job, method: str) -> Undone:
 def predict_again(tx: Transaction, job: Job, now: dt.datetime) -> None:
     """As an attempt ends: what is left of its job, and of others that wait on its base if its length was a surprise."""
     tx.session.flush()  # the attempt's end is part of what was measured
+    _measure_contention(tx, job, now)
     forecasts = Forecasts(tx, now)
     if job.status is not Status.SUCCEEDED:
         forecasts.write(job)
@@ -149,6 +157,17 @@ def predict_again(tx: Transaction, job: Job, now: dt.datetime) -> None:
         forecasts.write(row)
         if row.reason is Reason.PREEMPTED:  # it gave way by what was left then
             row.work_left_s = max(before, row.work_left_s)
+
+
+def _measure_contention(tx: Transaction, job: Job, now: dt.datetime) -> None:
+    """As an attempt that shared its card comes to a good end: one row a transaction, or two could wait for each
+    other."""
+    row = tx.session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
+    if row is None or row.reason is not Reason.OK or not row.neighbours or row.device_name is None:
+        return
+    found = measured_contention(read_timed(tx, job.base_model, now), row.device_name)
+    if found is not None:
+        tx.put(CardContention, "device_name", {"device_name": row.device_name, "contention": found})
 
 
 def _surprises(tx: Transaction, job: Job) -> bool:

@@ -24,7 +24,7 @@ from .sweeps import read_verdict
 _REPORTED = ("stage", *REACHED, *EXPECTED)
 _MEASURED = (
     "vram_peak", "vram_allocated", "vram_process", "base_bytes", "resumed_from_step", "prepared_s", "trained_s",
-    "trained_steps",
+    "trained_steps", "neighbours",
 )  # fmt: skip
 """The part of it that the attempt's own row keeps."""
 

@@ -30,7 +30,7 @@ def read_view(tx: Transaction) -> FleetView:
     session, now = tx.session, tx.now()
     fleet, queue = read_fleet(session, now), StoredQueue(session, now, at_once=2)
     queue.firsts()  # all, for what waits on: the rule asks for less
-    giving_way = read_giving_way(session)
+    giving_way = read_giving_way(session, now)
     cards = giving_way.on(fleet.cards)
     decisions = tuple(decide(queue, fleet.cards, fleet, now))
     if (asked := next_stop(session, queue, cards, fleet, giving_way, now)) is not None:

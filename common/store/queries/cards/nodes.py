@@ -21,7 +21,7 @@ from loractl.common.units import duration
 from ...columns import UtcDateTime, storable_row
 from ...fleet import NODE_STALE_S, card_of
 from ...records import BoxIdentity, NodeState
-from ...tables import Attempt, DrainOrder, Job, LabFailure, Node, Quota, Use, peak_of
+from ...tables import Attempt, CardContention, DrainOrder, Job, LabFailure, Node, Quota, Use, peak_of
 from ...transaction import Transaction
 from ..lab_settings import BY_SHARE, ORDER_SET
 from ..outbox.notices import tell_of_closure
@@ -34,7 +34,9 @@ _USES = _USES.outerjoin(Quota, Quota.user == Use.user)
 _OWN = (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt)
 _MEASURED = (Attempt.roomy, Attempt.device_kind, Attempt.vram_process, Attempt.vram_peak)
 _HOLDS = or_(DrainOrder.until.is_(None), DrainOrder.until > bindparam("now", type_=UtcDateTime()))
-_NODES = select(Node, exists().where(DrainOrder.target.in_((Node.node, Node.host)), _HOLDS), ORDER_SET)
+_IS_DRAINED = exists().where(DrainOrder.target.in_((Node.node, Node.host)), _HOLDS)
+_NODES = select(Node, _IS_DRAINED, CardContention.contention, ORDER_SET)
+_NODES = _NODES.outerjoin(CardContention, CardContention.device_name == Node.device_name)
 _HELD = occupants(Job.method, Job.vram_lora, Job.vram_qlora, *_MEASURED).outerjoin(Attempt, _OWN)
 
 
@@ -152,17 +154,20 @@ def _read_running(session: Session) -> Sequence[Any]:
 
 
 def _cards(
-    nodes: Iterable[Row[Node, bool, str]], now: dt.datetime, running: Sequence[Any], lease_s: float | None = None
+    nodes: Iterable[Row[Node, bool, float | None, str]],
+    now: dt.datetime,
+    running: Sequence[Any],
+    lease_s: float | None = None,
 ) -> list[Card]:
     """`nodes`: rows of _NODES."""
     on: dict[str, list[Any]] = {}
     for row in running:
         on.setdefault(row.node or "", []).append(row)
     cards = []
-    for node, drained, _ in nodes:
+    for node, drained, contention, _ in nodes:
         card = card_of(node, on.get(node.node, []), now, [node.node] if drained else ())
         late = lease_s is not None and is_late(node, now, lease_s)
-        cards.append(replace(card, silent=True) if late else card)
+        cards.append(replace(card, silent=late, contention=contention))
     return cards
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Stage, Status
 from loractl.common.placement.cards import STOP_COST_S, Card, Yields
-from loractl.common.placement.duration import UNKNOWN_S
+from loractl.common.placement.duration import UNKNOWN_S, Basis
 from loractl.common.placement.lines import Queue, Waiting
 from loractl.common.placement.preemption import Preemption, first_stop, left_s
 from loractl.common.units import duration
@@ -32,7 +32,7 @@ def preempt(tx: Transaction) -> tuple[int, ...]:
     if not tx.is_alone() or not _may_help(tx):
         return ()
     now = tx.now()
-    fleet, giving_way = read_fleet(tx.session, now, tx.lease_s), read_giving_way(tx.session)
+    fleet, giving_way = read_fleet(tx.session, now, tx.lease_s), read_giving_way(tx.session, now)
     cards = giving_way.on(fleet.cards)
     found = next_stop(tx.session, StoredQueue(tx.session, now), cards, fleet, giving_way, now)
     if found is None:
@@ -94,33 +94,45 @@ def _withdraw(tx: Transaction) -> int:
 
 _SET = select(LabSetting.value).where(LabSetting.name == GIVE_WAY)
 _YIELDING = select(
-    Job.job_id, Job.waits_from, Job.stops, Attempt.prepared_s, Attempt.trained_s, Attempt.trained_steps
+    Job.job_id,
+    Job.waits_from,
+    Job.stops,
+    Job.started_at,
+    Job.eta_seconds,
+    Attempt.prepared_s,
+    Attempt.trained_s,
+    Attempt.trained_steps,
+    Attempt.seconds_predicted,
+    Attempt.predicted_by,
 ).outerjoin(Attempt, (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt))
 _YIELDING = _YIELDING.join(Node, (Node.node == Job.node) & ~Node.keeps_jobs)
 # what evaluates or stores is nearly done, and what prepares has not begun
 _YIELDING = _YIELDING.where(Job.status == Status.RUNNING, Job.yields, Job.stage == Stage.TRAINING)
 
 
-def read_giving_way(session: Session) -> GivingWay:
+def read_giving_way(session: Session, now: dt.datetime) -> GivingWay:
     """What decides whether running jobs yield to much shorter ones."""
     rows = session.execute(_YIELDING).all()
     said = session.scalar(_SET) or ""
     return GivingWay(
         is_on=said != OFF,
         least_s=float(said) if _SECONDS.fullmatch(said) else None,
-        jobs={row.job_id: _yields(row) for row in rows},
+        jobs={row.job_id: _yields(row, now) for row in rows},
     )
 
 
 _SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 
 
-def _yields(row: Any) -> Yields:
+def _yields(row: Any, now: dt.datetime) -> Yields:
     """A stop costs what its attempt needed to load, and about the time to store a checkpoint and to end a step, which
     nobody cuts off."""
     step_s = row.trained_s / row.trained_steps if row.trained_s and row.trained_steps else 0.0
     cost_s = STOP_COST_S if row.prepared_s is None else row.prepared_s + LEAVES_IN_S + step_s
-    return Yields(submitted=row.waits_from, stops=row.stops, cost_s=cost_s)
+    slowed = 1.0
+    if row.predicted_by is Basis.LIKE and row.seconds_predicted and row.eta_seconds is not None:
+        slowed = max(1.0, ((now - row.started_at).total_seconds() + row.eta_seconds) / row.seconds_predicted)
+    return Yields(submitted=row.waits_from, stops=row.stops, cost_s=cost_s, slowed=slowed)
 
 
 def count_never_yielding(tx: Transaction) -> int:

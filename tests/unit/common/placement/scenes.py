@@ -119,6 +119,7 @@ def random_card(rng: random.Random, number: int, limit: int | None) -> Card:
         left_s=rng.choice((None, None, None, 600.0, 4000.0, 9000.0)),
         window_s=10_000.0,
         bf16=rng.choice((None, True, True, False)),
+        contention=rng.choice((None, None, 0.0, 0.2, 1.0, 4.0)),
     )
 
 

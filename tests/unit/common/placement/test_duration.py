@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from loractl.common.placement.duration import (
+    CONTENTION,
+    MOST_CONTENTION,
     UNKNOWN_S,
     Basis,
     Extent,
@@ -16,6 +18,7 @@ from loractl.common.placement.duration import (
     Undone,
     extent_of,
     forecast,
+    measured_contention,
     seconds_left,
     shortest,
     time_accuracy,
@@ -179,3 +182,38 @@ def test_accuracy_is_the_factor_by_which_predictions_were_off() -> None:
     like, base = time_accuracy([*some, measured(10, 11, Basis.LIKE)])
     assert (like.basis, like.count, like.off) == (Basis.LIKE, 1, 1.1)
     assert (base.count, base.ratio, base.off, base.worst) == (5, 1.0, 1.2, 4.0)
+
+
+def test_a_pass_next_to_other_jobs_counts_as_it_would_be_alone() -> None:
+    alone, beside = run(), run(1.75e-3, neighbours=1.5)
+    assert (beside.contention, beside.slowed) == (CONTENTION, 1.75)
+    assert forecast(job(), "A40", [alone]).step_s == pytest.approx(1.0)
+    assert forecast(job(), "A40", [beside]).step_s == pytest.approx(1.0)
+    measured = run(1.3e-3, neighbours=1.0, contention=0.3)
+    assert forecast(job(), "A40", [measured]).step_s == pytest.approx(1.0)
+    whole = run(extent=EXTENT, seconds=400.0, neighbours=1.0, user="ada", trained_s=None)
+    assert forecast(replace(job(), extent=None), "A40", [whole]).seconds == pytest.approx(400 / 1.5)
+
+
+def test_contention_is_measured_by_jobs_just_alike_alone_and_next_to_others() -> None:
+    alone, one, two = run(neighbours=0.0), run(1.6e-3, neighbours=1.0), run(2.2e-3, neighbours=2.0)
+    assert measured_contention([alone, one] * 3, "A40") == pytest.approx(0.6)
+    assert measured_contention([alone, alone, alone, one, two, two], "A40") == pytest.approx(0.6), "for each other job"
+    part = run(1.54e-3, neighbours=0.9)
+    assert measured_contention([alone, part] * 3, "A40") == pytest.approx(0.6), "of nine steps in ten"
+    known = replace(one, contention=0.6)
+    assert measured_contention([alone, known] * 3, "A40") == pytest.approx(0.6), "what was measured before adds nothing"
+    assert measured_contention([alone, run(0.9e-3, neighbours=1.0)] * 3, "A40") == 0.0
+    assert measured_contention([run(1e-300, neighbours=0.0), one] * 3, "A40") == MOST_CONTENTION
+    assert measured_contention([alone, one, one] * 2, "A40") is None, "two alone are too few"
+    assert measured_contention([alone, alone, one] * 2, "A40") is None
+    assert measured_contention([alone, one] * 3, "H100") is None
+    other = replace(one, need_key="another")
+    assert measured_contention([alone, other] * 3, "A40") is None, "another job may take other steps"
+    assert measured_contention([replace(alone, roomy=True), one] * 3, "A40") is None, "it did without recomputing"
+    assert measured_contention([replace(alone, need_key=None), replace(one, need_key=None)] * 3, "A40") is None
+    assert measured_contention([replace(alone, neighbours=None), one] * 3, "A40") is None, "an older worker's"
+
+
+def test_nothing_measured_after_the_last_step_is_a_measurement() -> None:
+    assert forecast(job(), "A40", [run(seconds=120.0)]).seconds == pytest.approx(20 + 100)

@@ -37,7 +37,7 @@ DAY_S = 86_400.0
 def a_long_one(job_id: int = 9, *, ran_s: float = ONCE_S, left_s: float | None = DAY_S, **more: object) -> Occupant:
     """A running job that would yield."""
     began = NOW - dt.timedelta(seconds=ran_s)
-    yields = Yields(submitted=began, **{key: more.pop(key) for key in ("stops", "cost_s") if key in more})  # type: ignore[arg-type]
+    yields = Yields(submitted=began, **{key: more.pop(key) for key in ("stops", "cost_s", "slowed") if key in more})  # type: ignore[arg-type]
     return replace(running(job_id, 20, left_s), **{"began": began, "yields": yields, **more})  # type: ignore[arg-type]
 
 
@@ -88,6 +88,15 @@ def test_nothing_yields_where_room_comes_within_the_time_that_the_stop_costs() -
     assert stop(a_short_one(), on(a_long_one()), soon) is None
     later = replace(soon, running=(running(8, 20, STOP_COST_S + 1),))
     assert stop(a_short_one(), on(a_long_one()), later) is not None
+
+
+def test_a_job_on_a_slow_card_does_not_yield_to_one_that_would_be_as_slow_there() -> None:
+    """20 equal jobs of 20 minutes, on a card where steps take four times as long as was measured before."""
+    short = a_short_one(left_s=1200.0)
+    assert stop(short, on(a_long_one(left_s=4 * 1300.0, ran_s=2000.0))) is not None
+    assert stop(short, on(a_long_one(left_s=4 * 1300.0, ran_s=2000.0, slowed=4.0))) is None
+    assert stop(a_short_one(left_s=300.0), on(a_long_one(left_s=4 * 1259.0, ran_s=2000.0, slowed=4.0))) is None
+    assert stop(a_short_one(left_s=300.0), on(a_long_one(left_s=4 * 1260.0, ran_s=2000.0, slowed=4.0))) is not None
 
 
 def test_a_lab_may_say_its_own_time() -> None:

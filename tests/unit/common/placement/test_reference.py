@@ -90,7 +90,9 @@ class Reference:
                     options.append((len(card.running), free, card.node))
             if options:
                 others, free, node = min(options)
-                costs_s = 0.5 * others * job.left_s  # next to others, against a card of its own
+                measured = self.cards[node].contention
+                costs = 0.5 if measured is None else measured  # next to another, against a card of its own
+                costs_s = costs * others * job.left_s
                 if empty := self.empties(job, free if need is None else need, costs_s):
                     self.promised[min(empty)[-1]] = job.job_id
                     return

@@ -101,6 +101,18 @@ def test_a_job_waits_for_an_empty_card_before_sharing_one_has_cost_it_that_long(
     assert started(tuple(place(Lines([job]), [shared, small], {}, NOW, by_share=True))) == {1: "a:0"}
 
 
+def test_what_was_measured_of_a_card_decides_whether_a_job_waits_for_an_empty_one() -> None:
+    """Of two hours, 0.4 for each of two others are 5,760 s."""
+    shared = a_card("a:0", 80, max_jobs=4, running=(running(8, 10, 9000), running(9, 10)))
+    small = a_card("a:1", 24, running=(running(7, 10, 7100),), contention=0.0)
+    job = a_job(1, 20, left_s=7200.0)
+    for contention, waits in ((0.0, False), (0.4, False), (0.5, True), (None, True), (2.0, True)):
+        (decision,) = decide([job], [replace(shared, contention=contention), small])
+        assert (decision.declined is not None) == waits, contention
+    (decision,) = decide([job], [replace(shared, contention=0.4), replace(small, running=(running(7, 10, 5700),))])
+    assert decision.declined is not None
+
+
 def test_a_job_goes_where_fewest_others_run() -> None:
     two = a_card("a:0", 48, max_jobs=4, running=(running(8, 10), running(9, 10)))
     one = a_card("a:1", 80, max_jobs=4, running=(running(7, 10),))

@@ -29,6 +29,7 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import (
     AttemptShare,
     Base,
+    CardContention,
     DrainOrder,
     FinalLook,
     Job,
@@ -256,6 +257,7 @@ def old_url(database_url: str, artifacts: ArtifactStore) -> str:
             (Wish, own), (Lock, {"name": "x"}), (DrainOrder, {"target": "heron", "reason": "", "now": False} | own),
             (FinalLook, {"rows_sha256": "0"} | own), (LabSetting, {"name": "x", "value": "y"} | own),
             (LabFailure, {"reason": Reason.KILLED, "message": "x"} | own), (JobLabel, {"key": "a", "value": "b"} | own),
+            (CardContention, {"device_name": "x", "contention": 0.6}),
             (AttemptShare, {"rank": 1, "bytes": 5} | own), (KeptFile, {"key": "a", "host": "x", "sha256": "0"} | own),
         ]  # fmt: skip
         with engine.begin() as connection:

@@ -41,11 +41,20 @@ def started(store: Store, asked: Submission) -> Claim:
     return claim
 
 
-def ran(store: Store, clock: Clock, asked: Submission, *, step_s: float = 2.0, rest_s: float = 30.0) -> Claim:
+def ran(
+    store: Store,
+    clock: Clock,
+    asked: Submission,
+    *,
+    step_s: float = 2.0,
+    rest_s: float = 30.0,
+    neighbours: float | None = None,
+) -> Claim:
     """A job from its submit to its end: 10 s until its first step, and `rest_s` after its last one."""
     claim, steps = started(store, asked), asked.spec.training.max_steps or 0
     clock.forward(10 + steps * step_s + rest_s)
     told = Progress(step=steps, total_steps=steps, prepared_s=10.0, trained_s=steps * step_s, trained_steps=steps)
+    told = replace(told, neighbours=neighbours)
     store.attempts.finish(claim, Reason.OK, "done", told, RESULT)
     return claim
 
@@ -198,3 +207,29 @@ def test_a_job_that_is_submitted_while_no_worker_runs_is_predicted_too(timed: St
     assert timed.jobs.get(job_id).work_left_s == pytest.approx(10 + 50 * 2 + 30)
     claim = take(timed)
     assert isinstance(claim, Claim) and claim.seconds_predicted == pytest.approx(140)
+
+
+@pytest.mark.both
+def test_what_jobs_cost_each_other_on_a_model_of_card_is_measured_and_kept(timed: Store, clock: Clock) -> None:
+    def alike() -> Submission:
+        return replace(counted(), plan=replace(counted().plan, need_key="alike"))
+
+    def contention() -> float | None:
+        return timed.cards.fleet().cards["box:0"].contention
+
+    for _ in range(3):
+        ran(timed, clock, alike(), neighbours=0.0)
+    ran(timed, clock, alike(), step_s=3.2, neighbours=1.0)
+    ran(timed, clock, alike(), step_s=3.2, neighbours=1.0)
+    assert contention() is None
+    ran(timed, clock, alike(), step_s=3.2, neighbours=1.0)
+    assert contention() == pytest.approx(0.6)
+    for _ in range(3):
+        ran(timed, clock, alike(), step_s=4.4, neighbours=2.0)
+    assert contention() == pytest.approx(0.6), "what it corrects is measured uncorrected"
+    assert timed.jobs.get(timed.jobs.submit(alike())).work_left_s == pytest.approx(240, rel=0.05), "alone on a card"
+    timed.cards.forget("box:0")
+    timed.cards.see(node_state("other:0"))
+    timed.cards.see(node_state("h:0", device_name="NVIDIA H100"))
+    cards = timed.cards.fleet().cards
+    assert (cards["other:0"].contention, cards["h:0"].contention) == (pytest.approx(0.6), None)

@@ -12,13 +12,14 @@ from loractl.common.errors import UsageError
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.placement.duration import Basis
 from loractl.common.placement.preemption import COST_SHARE, UNDISTURBED_S
 from loractl.common.store.database import make_engine
 from loractl.common.store.fleet import LEAVES_IN_S
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint
 from loractl.common.store.schema import HEAD, alembic_config, upgrade
 from loractl.common.store.store import Store
-from loractl.common.store.tables import Job
+from loractl.common.store.tables import Attempt, Job
 from loractl.common.units import GIB
 from loractl.scheduler.change.amendment import amendment
 from loractl.scheduler.status.job import job_in_full
@@ -417,3 +418,18 @@ def test_gc_of_a_checkpoint_opens_the_methods_of_a_job_that_gave_way(timed: Stor
     timed.results.forget_checkpoint(lab.job_id)
     timed.jobs.retry(lab.job_id, "ada")
     assert timed.jobs.get(lab.job_id).methods == ["lora", "qlora"]
+
+
+@pytest.mark.parametrize(("short_s", "yields"), [(200.0, True), (300.0, False), (900.0, False)])
+def test_equal_jobs_do_not_yield_to_each_other_on_a_card_that_has_become_slow(
+    timed: Store, clock: Clock, short_s: float, yields: bool
+) -> None:
+    """What slows the running one, other programs or jobs on its card, would slow the waiting one too."""
+    lab = Lab(timed, clock)
+    with Session(timed.engine) as session, session.begin():
+        values = {"seconds_predicted": 1200.0, "predicted_by": Basis.LIKE}
+        session.execute(update(Attempt).where(Attempt.job_id == lab.job_id).values(**values))
+    clock.forward(800.0)
+    lab.beat(4800.0 - 800.0)
+    lab.short(short_s)
+    assert timed.cards.preempt() == ((lab.job_id,) if yields else ())

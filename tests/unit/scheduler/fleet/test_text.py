@@ -88,7 +88,7 @@ def test_an_empty_fleet_says_what_to_do() -> None:
 def test_a_device_as_json_has_all_that_its_node_told() -> None:
     columns = [column.key for column in Node.__table__.columns]
     (told,) = fleet_of(fleet([card()])).as_json()
-    assert list(told) == [*columns, "reserved", "open", "jobs", "drained", "failures"]
+    assert list(told) == [*columns, "reserved", "open", "jobs", "contention", "drained", "failures"]
     assert told["failures"] == {}
 
 
