@@ -8,7 +8,7 @@ by their rarity (Spärck Jones, 1972): how much of the shorter row the other one
 than by MinHash, since the candidates are few. Such rows must also answer alike, unless one has the whole question of
 the other, word after word: two questions about one passage, or one with its names swapped, share their words, too. An
 answer is alike if it holds the other one, or has most of its words in their order. Labels and letters also agree by
-chance: behind them, no stretch of the shorter question may be missing in the longer one.
+chance: behind them, two rows of one passage must ask alike, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from operator import itemgetter
@@ -53,10 +53,9 @@ ALONE = 0.5
 """A row that is contained in part counts if no other row to train on shares more than this share of that weight with
 the held-out row: rows of one form all do."""
 
-STRETCH, STRETCH_SHARE, SHORT_ANSWER = 12, 0.35, 5
-"""Two questions about one passage differ in a stretch: STRETCH words in a row, of whose weight the other row has less
-than STRETCH_SHARE. Such rows are not alike if the answer is short (SHORT_ANSWER words at most, such as a label or a
-letter), since short answers may agree by chance."""
+PASSAGE, ASKED_SHARE, SHORT_ANSWER = 30, 0.65, 5
+"""PASSAGE words in a row that two rows share are a passage. A short answer (SHORT_ANSWER words at most, such as a label
+or a letter) may agree by chance: then the rows must also share ASKED_SHARE of the weight of what is left of them."""
 
 REWORDED = 0.5
 """Share of the words of the longer of two answers that both have in one order, as one answer worded otherwise does."""
@@ -191,8 +190,7 @@ class Resemblance:
         share, next_best = weight / min(whole, theirs), shared[-2][0] if len(shared) > 1 else 0.0
         if share < CONTAINED and not (share >= PARTLY and next_best <= ALONE * weight):
             return None
-        in_order, others = (ordered, other) if shorter is words else (row.words, words)
-        return None if len(answer) <= SHORT_ANSWER and self._differ_in_a_stretch(in_order, others) else row.number
+        return None if len(answer) <= SHORT_ANSWER and self._ask_otherwise(ordered, row.words) else row.number
 
     def _same_answer(self, one: array[int], other: array[int]) -> bool:
         """Whether one answer has all of the other one, or most of its words in their order."""
@@ -204,13 +202,11 @@ class Resemblance:
 
         return LCSseq.normalized_similarity(one, other) >= REWORDED
 
-    def _differ_in_a_stretch(self, words: array[int], others: Collection[int]) -> bool:
-        """Whether a row has some words in a row that the other one hardly shares."""
-        stretches = (words[at : at + STRETCH] for at in range(len(words) - STRETCH + 1))
-        return any(
-            self._weight(word for word in some if word in others) < STRETCH_SHARE * self._weight(some)
-            for some in stretches
-        )
+    def _ask_otherwise(self, one: array[int], other: array[int]) -> bool:
+        """Whether two rows with a passage in common share little of what else they say."""
+        rest = sorted((_beyond(one, other), _beyond(other, one)), key=self._weight)
+        shared = self._weight(rest[0] & rest[1])
+        return len(rest[0]) >= FEWEST_WORDS and shared < ASKED_SHARE * self._weight(rest[0])
 
     def _weight(self, words: Iterable[int]) -> float:
         return sum(math.log(self._count / self._rows[word % _BUCKETS]) for word in words)
@@ -271,6 +267,18 @@ def _holds(answer: array[int], other: array[int]) -> bool:
     """Whether a text has the other one's words, one after another."""
     size = len(other)
     return any(answer[at : at + size] == other for at in range(len(answer) - size + 1))
+
+
+def _beyond(words: array[int], others: array[int]) -> set[int]:
+    """Those of a row's words that are in no passage of the other row."""
+    passages = {others[at : at + PASSAGE].tobytes() for at in range(len(others) - PASSAGE + 1)}
+    inside = {
+        place
+        for at in range(len(words) - PASSAGE + 1)
+        if words[at : at + PASSAGE].tobytes() in passages
+        for place in range(at, at + PASSAGE)
+    }
+    return {word for place, word in enumerate(words) if place not in inside}
 
 
 def _digits(words: Sequence[str]) -> array[int]:

@@ -248,6 +248,37 @@ def test_two_questions_about_one_passage_with_the_same_letter_are_two() -> None:
     assert look.found == {}
 
 
+def test_another_question_in_the_words_of_one_passage_is_another_one() -> None:
+    """Such as who of those that a puzzle names sits next to whom."""
+    prose = rows_of_prose(1200)
+
+    def row(number: int, seed: int) -> Example:
+        draw = random.Random(seed)
+        said = [sentence for place in range(4) for sentence in prose[4 * (number % 1000) + place]]
+        named = draw.sample(" ".join(said).lower().replace(".", "").split(), 14)
+        options = f"(a) {' '.join(named[6:10])} (b) {' '.join(named[10:])}"
+        return chat(number, f"{' '.join(said)} Which is right if {' '.join(named[:6])} go? {options}", "(b)")
+
+    look = Resemblance([row(1000 + n, -n - 1) for n in range(60)])
+    for n in range(300):
+        look.see(row(n, n))
+    assert len(look.found) <= 3
+
+
+def test_a_stretch_of_other_words_makes_no_other_question() -> None:
+    """Words that were put for others may stand close together, and a label agrees by chance."""
+
+    def changed(row: list[str]) -> str:
+        words = " ".join(row).split()
+        return " ".join([*words[:24], *(f"{one}xo" for one in words[24:35]), *words[35:62]])
+
+    prose = [[*PROSE[n], *PROSE[n + 85], *PROSE[n + 170], *PROSE[n + 255]] for n in range(85)]
+    look = Resemblance([chat(1000 + n, changed(row), "positive") for n, row in enumerate(prose[:40])])
+    for n, row in enumerate(prose):
+        look.see(chat(n, " ".join(row), "positive"))
+    assert look.found == {1000 + n: n for n in range(40)}
+
+
 TIES = """
 import random
 import subprocess
