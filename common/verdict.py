@@ -169,8 +169,9 @@ LENGTH, EXPECTED_LENGTH = "answer_tokens", "expected_tokens"
 ENDS = "ends_by_itself"
 """The share of generated answers that ended before evaluation.max_new_tokens."""
 
-FEW_CUT = 0.1
-"""Up to this share of the answers of base and tuned, and up to two of each, answers that were cut are not mentioned."""
+FEW = 0.1
+"""Up to this share of the answers of base and tuned, and up to two of each, answers that were cut are not mentioned. Up
+to this share, rows that resemble rows to train on are no reason."""
 
 _SHARES = "the labels' shares alone have"
 _FREQUENT, _SHOWN = "the most frequent answer alone has", "the base with training examples in its prompt has"
@@ -198,8 +199,9 @@ margin alone can't tell, since it also grows when both answers become unlikely a
 OTHER_LENGTH = 1.5
 """Ratio of lengths at which a change is worth mentioning."""
 
-CUT_SHORT = 0.5
-"""Answers that are clearly at most this share of the expected length are no better, whatever their loss is."""
+CUT_SHORT, TOO_LONG = 0.5, 2.0
+"""Answers that are clearly at most the first share of the expected length are no better, whatever their loss is. Those
+that are at least the second one may be, but the first line says so."""
 
 
 def report_verdict(
@@ -231,6 +233,7 @@ def report_verdict(
     accuracy = named.get("new_rows_preference_accuracy" if loss is new else "preference_accuracy")
     of = _of_rows(loss, metrics, rows) if accuracy is None else _of_pairs(loss, accuracy, named, rows)
     deciding, cut = next((metric for metric in metrics if metric.get("decides")), None), _cut(named.get(ENDS))
+    known = ""
     if new is not None and deciding is None:
         seen = every["cases"] - new["cases"]
         about = f"{seen} of {every['cases']} {rows} rows {resemble}"
@@ -238,6 +241,7 @@ def report_verdict(
             f"the verdict is of the other {new['cases']}" if loss is new else f"the other {new['cases']} are too few"
         )
         doubts = [*doubts, f"{about}; {apart}{'' if loss is new else ' to judge by'}."]
+        known = f"{about}, and {apart}" if loss is every and seen > FEW * every["cases"] else ""
     if deciding is None:
         said, spoken = _said(of, loss, named, metrics, texts=texts)
         spoken |= LOSSES
@@ -255,6 +259,10 @@ def report_verdict(
             said = _Said("cant_be_judged", read_off)
         elif cheap := _unbeaten(named, deciding):
             said = _Said("no_better_than_cheap", cheap)
+    if said.reading in GAINS and deciding is None:
+        mostly = cut if cut and named[ENDS]["tuned"] < 50 else ""
+        why = ", and ".join(part for part in (said.why, known, _too_long(named), mostly) if part)
+        said, doubts = replace(said, why=why), doubts[: len(doubts) - bool(known)]
     begin = word(said.reading)
     against = f" than {base}" if said.reading in ("better", "worse") else ""
     because = f"{said.why}; " if said.why else ""
@@ -363,6 +371,8 @@ def _decided(
     said = _of_measure(every)
     if said.reading in GAINS and (alike := _alike(every, seen, new, said.reading)) is not None:
         return _Said("cant_be_judged", f"{about}{alike}"), every, []
+    if said.reading in GAINS and seen > FEW * every["cases"]:
+        return replace(said, why=f"{about}, and the other {new['cases']} are too few"), every, []
     return said, every, [f"{about}; the other {new['cases']} are too few to judge by."]
 
 
@@ -414,6 +424,14 @@ def _by_loss(
         return _Said(reading, _too_few_answers(of.judges))
     told = next(metric for metric in of.judges if metric["reading"] != "too few cases")
     return _Said(reading, f"{told['reading']} of the answers", f"; {_told(of.judges)}")
+
+
+def _too_long(named: Mapping[str, Mapping[str, Any]]) -> str:
+    """A clause about answers that are clearly much longer than expected; empty without such."""
+    lengths = named.get(EXPECTED_LENGTH)
+    if lengths is None or not _clearly(lengths, TOO_LONG):
+        return ""
+    return f"its answers are too long, {lengths['tuned']:.0f} tokens where {lengths['base']:.0f} are expected"
 
 
 def _too_few_answers(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -538,7 +556,7 @@ def _cut(ends: Mapping[str, Any] | None) -> str:
         return ""
     cases = int(ends["cases"])
     base, tuned = (round(cases * (1 - ends[whose] / 100)) for whose in ("base", "tuned"))
-    if max(base, tuned) <= max(2, FEW_CUT * cases):
+    if max(base, tuned) <= max(2, FEW * cases):
         return ""
     return f"{base} of {cases} answers of the base and {tuned} of the tuned model were cut off"
 

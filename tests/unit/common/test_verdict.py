@@ -293,7 +293,9 @@ def test_a_deciding_measure_is_judged_on_answers_to_rows_like_none() -> None:
     none = said(GAIN, leaked, {**apart(10, 60, 8, 0), "base": None, "tuned": None}, given_away=100)
     assert none.reading == "cant_be_judged" and "too few" not in none.why
     some = said(GAIN, decided(10, 60, 8, cases=40), apart(10, 60, 8, 25), given_away=15)
-    assert some.reading == "better" and some.aside.endswith("the other 25 are too few to judge by.")
+    assert some.reading == "better" and some.why.endswith(", and the other 25 are too few") and some.aside == ""
+    little = said(GAIN, decided(10, 60, 8, cases=30), apart(10, 60, 8, 27), given_away=3)
+    assert little.why == "" and little.aside.endswith("the other 27 are too few to judge by.")
     unsure = said(GAIN, decided(10, 60, 8, cases=40), apart(10, 15, 8, 25), given_away=15)
     assert unsure.reading == "cant_be_judged" and unsure.why.endswith(", and the other 25 show no clear gain")
 

@@ -19,6 +19,7 @@ SHARES = {
     "few_shot_rougeL",
     "cheap_rougeL",
     "cheap_form_accuracy",
+    "ends_by_itself",
 }
 LABEL_OF = {"cheap_loss": "loss, against labels' shares", "few_shot_loss": "loss, against the base with examples"}
 LENGTHS = {"answer_tokens", "expected_tokens"}
@@ -192,7 +193,23 @@ SCENES = [
     ),
     Scene(
         name="honest: 20 of 40 rows resemble others, and the other 20 gained, too", reading="better",
+        why="20 of 40 held-out rows resemble rows to train on, and the other 20 are too few",
         metrics=[loss(3.5, 0.9), measure("new_rows_loss", 3.5, 2.9, 0.3, 20), ROUGE], how={"given_away": 20},
+    ),
+    Scene(
+        name="honest: three times as long as expected", reading="better",
+        why="its answers are too long, 54 tokens where 18 are expected",
+        metrics=[loss(4.5, 0.3), ROUGE, measure("expected_tokens", 18, 54, 6, 16)],
+    ),
+    Scene(
+        name="honest: most answers cut", reading="better",
+        why="2 of 16 answers of the base and 12 of the tuned model were cut off",
+        metrics=[loss(4.5, 0.3), ROUGE, measure("ends_by_itself", 87.5, 25, 20, 16)],
+    ),
+    Scene(
+        name="by loss, and most answers cut", reading="better_by_loss",
+        why="no answers were measured, and 2 of 16 answers of the base and 12 of the tuned model were cut off",
+        metrics=[loss(4.5, 0.3), measure("ends_by_itself", 87.5, 25, 20, 16)],
     ),
     Scene(
         name="honest: short answers, as expected", reading="better",
@@ -223,6 +240,16 @@ def test_what_became_of_the_answers_lengths_is_said_below() -> None:
     assert same.aside == ""
     longer = [measure("answer_tokens", 40, 41, 2, 16), measure("expected_tokens", 12, 41, 2, 16)]
     assert report_verdict([loss(2.5, 2.2), ROUGE, *longer]).aside == "Answers have 41 tokens; expected are 12."
+    longer = [measure("answer_tokens", 40, 23, 2, 16), measure("expected_tokens", 12, 23, 2, 16)]
+    said = report_verdict([loss(2.5, 2.2), ROUGE, *longer])
+    assert (said.why, said.aside) == ("", "Answers became shorter, 40 -> 23 tokens; expected are 12.")
+
+
+def test_what_takes_nothing_from_a_gain_is_said_below() -> None:
+    half = report_verdict([loss(4.5, 0.3), ROUGE, measure("ends_by_itself", 0, 50, 20, 16)])
+    assert (half.why, half.aside) == ("", "16 of 16 answers of the base and 8 of the tuned model were cut off.")
+    few = report_verdict([loss(3.5, 0.9, 28), measure("new_rows_loss", 3.5, 2.9, 0.3, 26), ROUGE], given_away=2)
+    assert few.reading == "better" and few.why == "", "too few rows to matter"
 
 
 @pytest.mark.parametrize(
