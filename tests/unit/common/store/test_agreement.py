@@ -37,9 +37,10 @@ class Lab:
         self.on: dict[int, str] = {}
         self.left: dict[int, float] = {}
         self.starts = self.stops = 0
-        if (measured := random.Random(-seed).choice((None, 0.1, 1.0, 3.0))) is not None:
+        self.contention = random.Random(f"contention {seed}").choice((None, 0.1, 1.0, 3.0))
+        if self.contention is not None:
             with Session(store.engine) as session, session.begin():
-                session.add(CardContention(device_name="NVIDIA A40", contention=measured))
+                session.add(CardContention(device_name="NVIDIA A40", contention=self.contention))
 
     def beat(self) -> None:
         for node, (total, most) in self.cards.items():
@@ -92,6 +93,11 @@ class Lab:
             assert (said.word == "alone") == (number in view.declined), said
             asked = why(self.store, number, in_other_forms=False)
             assert isinstance(asked, Why) and str(asked.wait) == str(said)
+            if number in view.declined:
+                known = "50% longer (assumed)"
+                if self.contention is not None:
+                    known = f"{self.contention:.0%} longer (measured)"
+                assert any(known in fit.then for fit in asked.cards)
             if number in given:
                 assert given[number] in said.sentence
                 if view.running:
