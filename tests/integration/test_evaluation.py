@@ -87,6 +87,14 @@ def test_rows_weigh_by_their_tokens() -> None:
     assert low <= tuned - base <= high
 
 
+def test_a_change_that_is_the_same_for_each_token_is_certain_however_long_its_rows_are() -> None:
+    tokens = np.array([5.0, 40, 0, 10, 200, 7, 0, 90, 3, 12])
+    base = 3 * tokens
+    found = LOSS.compare(base, base - 0.5 * tokens, tokens)
+    assert (found.low, found.high) == pytest.approx((-0.5, -0.5))
+    assert found.cases == 8, "a row without tokens is none"
+
+
 def test_the_interval_covers_the_true_change_about_95_times_in_100() -> None:
     covered = 0
     for n in range(60):

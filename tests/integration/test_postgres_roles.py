@@ -207,12 +207,20 @@ def test_a_person_changes_their_own_jobs_operators_and_the_owner_all_and_a_lab_m
         with pytest.raises(NotYours):
             asked["retry"](bob)
         owner.lab.set("changes", "open")
+        with pytest.raises(NotYours, match="may edit it"):
+            bob.jobs.edit(amendment(bob, waits, ["priority=6"]), ada)
         for what in ("retry", "tag", "cancel"):
             asked[what](bob)
         owner.lab.set("changes", "own")
         owner.jobs.hold(waits, "root")
         told = [event.text for event in owner.jobs.events(waits)][-4:]
         assert told[0] == f"held by {name}" and told[2:] == [f"queued again by {name}", "held by root"]
+        own = bob.jobs.submit(submission(name="ended"))
+        claim = take(box, node="box:1")
+        assert isinstance(claim, Claim) and claim.job_id == own
+        box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT)
+        with pytest.raises(NotYours, match=f"is {ada}'s: only {ada}, an operator or the lab's owner may tag it"):
+            bob.adapters.tag(Reference(job_id=own), "prod", name)  # it would be taken from the other's
         for one in (bob, owner):
             one.engine.dispose()
 

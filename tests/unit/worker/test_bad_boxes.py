@@ -6,6 +6,7 @@ Those that freeze or die are processes: tests/acceptance/test_bad_boxes.py.
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.lab_store import adopt
 from loractl.common.store.records import Claim
+from loractl.common.units import GIB
 from loractl.worker.attempt import trainer_run
 from loractl.worker.node.device_row import NodeOptions
 from loractl.worker.node.health import leftovers
@@ -130,19 +132,20 @@ def test_a_share_that_is_unmounted_during_a_training_costs_no_training(held: Hel
     assert held.starts == [f"{job_id}.1", f"{other}.1"]
 
 
+@pytest.mark.parametrize(("alive", "bytes_left", "what"), [([4711], 0, "process 4711"), ([], GIB, "1.0 GiB of memory")])
 def test_a_card_on_which_something_of_an_attempt_remains_is_closed_with_the_reason(
-    held: HeldLab, monkeypatch: pytest.MonkeyPatch
+    held: HeldLab, monkeypatch: pytest.MonkeyPatch, alive: list[int], bytes_left: int, what: str
 ) -> None:
     """What no signal ends, as a process that hangs in its driver; here nothing is really left."""
-    (place,) = held.places()
-    monkeypatch.setattr(trainer_run, "end_leftovers", lambda run: [4711])
+    place = replace(held.places()[0], held=lambda job_id: bytes_left)
+    monkeypatch.setattr(trainer_run, "end_leftovers", lambda run: alive)
     job_id = held.submit()
     held.store.cards.see(node_state("heron:0", kind="sim"))
     claim, began = held.store.attempts.claim("heron:0"), held.clock.now()
     assert isinstance(claim, Claim)
     leftovers.close_if_left(place, claim)
     assert held.clock.now() - began >= trainer_run.LEFT_S, "the driver takes a moment"
-    reason = f"job {job_id} left process 4711 behind; check the card, then loractl undrain heron:0"
+    reason = f"job {job_id} left {what} behind; check the card, then loractl undrain heron:0"
     assert held.store.cards.drains()["heron:0"].reason == reason
     waiting = held.submit()
     assert reason in " ".join(held.cli("why", waiting).split())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,6 +125,27 @@ def test_what_ended_jobs_left_makes_room_for_the_next_job_and_their_histories_sa
     assert list(bench.place.settings.work_dir.glob(f"{waiting}/*/*/*")), "what a waiting job goes on from stays"
     text = f"what it left on {bench.place.settings.host} is removed: its disk was needed for another job"
     assert [event.text for event in bench.place.store.jobs.events(1)][-1] == text
+
+
+class JobsAreRetriedNow(ResultVerbs):
+    """Results in a lab where a person has just queued a job again."""
+
+    retry: Callable[[], object]
+
+    def over(self, job_ids: Collection[int], kept_since: dt.datetime | None = None) -> Over:
+        told = super().over(job_ids, kept_since)
+        self.retry()
+        return told
+
+
+@SQLITE_ALONE
+def test_a_job_that_is_queued_again_while_another_makes_room_keeps_its_files(bench: Bench) -> None:
+    first, store = bench.attempt(), bench.place.store
+    clean(bench.place, first, bench.end(first, Reason.TIMED_OUT))
+    store.results = results = JobsAreRetriedNow(store.begin)
+    results.retry = lambda: store.jobs.retry(1, "ada")
+    make_room(bench.place, bench.folder, 1 << 60)
+    assert bench.local() == [f"1/attempt-1/checkpoints/checkpoint-{step}" for step in (10, 15)]
 
 
 class JobsEndNow(ResultVerbs):

@@ -13,7 +13,15 @@ import psutil
 import pytest
 
 from loractl.common.settings import load_settings
-from loractl.worker.device.occupancy import CARD_VARIABLE, RUN_VARIABLE, card_mark, end_leftovers, run_mark, runs_of
+from loractl.worker.device.occupancy import (
+    CARD_VARIABLE,
+    RANK_VARIABLE,
+    RUN_VARIABLE,
+    card_mark,
+    end_leftovers,
+    run_mark,
+    runs_of,
+)
 from loractl.worker.node.health.leftovers import end_all
 
 from ...waiting import until_shown
@@ -32,7 +40,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 def test_a_process_of_a_card_is_found_by_its_run_and_ended(sleeper: subprocess.Popen[bytes]) -> None:
     assert runs_of("card") == {run_mark("token")}
-    assert runs_of("another card") == set()
+    assert runs_of("another card") == runs_of("card", RANK_VARIABLE) == set()
     assert end_leftovers(run_mark("token")) == []
     assert not psutil.pid_exists(sleeper.pid)
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from loractl.common.job.status import Reason, Status
+from loractl.common.store.records import Claim
 from loractl.common.units import GIB
-from loractl.worker.attempt.stops import DRAIN_GRACE_S, SILENCE_S, STOP_GRACE_S
+from loractl.worker.attempt.attempt import begin
+from loractl.worker.attempt.stops import DRAIN_GRACE_S, SILENCE_S, STOP_GRACE_S, is_silent
 from loractl.worker.attempt.workplace import BEAT_S
 from loractl.worker.protocol.messages import Ended, GoingOn, Planned, Stage, StageChanged, Start, Stepped
 from loractl.worker.recipe.orders import StopOrder
 
 from ...held_lab import HeldLab
 from ...quick_trainer import Sleep, Tell, train
+from ..factories import node_state
 
 UNSAVED = "--set=training.save_steps=100000"
 
@@ -87,6 +91,22 @@ def test_a_cancel_that_comes_once_the_training_has_ended_costs_no_result(held: H
     held.until(1, lambda job: job.status.is_terminal)
     assert (held.store.jobs.get(1).status, held.reasons(1)) == (Status.SUCCEEDED, [Reason.OK])
     held.cli("adapters", "pull", 1, held.folder / "pulled")
+
+
+def test_a_trainer_that_trains_or_evaluates_reports_within_half_an_hour(held: HeldLab) -> None:
+    """What it prepares may take longer, and so may what is stored after it."""
+    (place,) = held.places()
+    held.submit()
+    held.store.cards.see(node_state("heron:0", kind="sim"))
+    claim = held.store.attempts.claim("heron:0")
+    assert isinstance(claim, Claim)
+    state = begin(claim, place.settings.work_dir, held.clock)
+    held.clock.sleep(SILENCE_S + 1)
+    silent = []
+    for stage in Stage:
+        state.unwritten.pending = replace(state.unwritten.pending, stage=stage)
+        silent += [stage] * is_silent(state)
+    assert silent == [Stage.TRAINING, Stage.EVALUATING]
 
 
 def test_a_trainer_that_has_said_nothing_for_half_an_hour_is_killed(

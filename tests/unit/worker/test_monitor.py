@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -68,6 +69,22 @@ def test_the_rounds_go_on_whatever_becomes_of_the_queue(
     monitor.stop()
     hangs.set()
     assert len(asked) == (clock is SYSTEM), "one at a time"
+
+
+def test_a_node_looks_by_itself_whether_its_tables_went_on(store: Store, tmp_path: Path) -> None:
+    """Tables that it can still read and write may mean something else."""
+    left = list[int]()
+    before = signal.signal(signal.SIGTERM, lambda number, _: left.append(number))
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    place = place_in(tmp_path, store)
+    monitor, deadline = Monitor(place, row_in(store)), time.monotonic() + 30
+    monitor.start(SimpleNamespace(wake=lambda: None, attempts={}))  # type: ignore[arg-type]
+    while not left and time.monotonic() < deadline:
+        time.sleep(0.05)
+    monitor.stop()
+    signal.signal(signal.SIGTERM, before)
+    assert left == [signal.SIGTERM] and place.drain.mismatch is not None
 
 
 def test_a_full_card_does_not_look_for_jobs(store: Store, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.trainer_process import TrainerProcess, launch
 from loractl.worker.attempt.workplace import Drain, Workplace
+from loractl.worker.clock import NodeClock
 from loractl.worker.device.devices import CpuDevice, SimulatedDevice
 from loractl.worker.node.device_row import NodeOptions
 from loractl.worker.node.health import stuck as module
@@ -94,6 +95,27 @@ def test_the_trainer_of_a_supervisor_that_is_stuck_in_a_write_to_it_is_killed(
     writer.join(timeout=20)
     assert not writer.is_alive() and trainer.poll() == -signal.SIGKILL
     assert state.own.forced is not None and "the supervisor was stuck for" in state.own.forced[1]
+
+
+class Leaps(NodeClock):
+    """A clock that a freeze of the node moves on."""
+
+    at = 0.0
+
+    def now(self) -> float:
+        return self.at
+
+
+def test_a_node_that_was_frozen_lets_its_supervisors_catch_up(
+    place: Workplace, trainer: TrainerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_MOST_S", 0.2)
+    clock = Leaps()
+    looks, state = StuckSupervisors(replace(place, clock=clock)), attempt(place, trainer)
+    for at in (0.1, 0.9):  # longer than a supervisor may be silent
+        clock.at = at
+        looks.end({0: state})
+    assert state.own.forced is None and trainer.poll() is None
 
 
 def test_the_end_of_a_trainer_does_not_wait_for_an_order_that_it_does_not_read(trainer: TrainerProcess) -> None:

@@ -72,6 +72,15 @@ def test_a_log_that_grew_with_each_attempt_to_store_the_result_does_not_spoil_it
     assert ready_result(finished, claim(attempt=4)) == "6 steps", "the log is no part of what is compared"
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"spec": factories.spec(lora={"r": 4})}, {"method": Method.QLORA}, {"data": {"path": {"sha256": "f" * 64}}}],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_result_of_another_spec_method_or_data_is_not_taken_over(finished: Path, other: dict[str, Any]) -> None:
+    assert ready_result(finished, replace(claim(attempt=2), **other)) is None
+
+
 @pytest.mark.parametrize("torn", ["truncated", "gone", "note"])
 def test_a_torn_result_is_not_taken_over(finished: Path, torn: str) -> None:
     weights = finished / "result" / "adapter" / "adapter_model.safetensors"

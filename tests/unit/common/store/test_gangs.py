@@ -167,6 +167,15 @@ def test_a_silent_card_ends_the_whole_job_though_the_other_beats(timed: Store, c
     assert set(job.avoids or {}) == {"heron:1"}
 
 
+def test_a_card_that_is_gone_ends_the_whole_job(timed: Store) -> None:
+    show(timed, "heron:0", "heron:1")
+    job_id = timed.jobs.submit(gang())
+    claimed(timed)
+    assert timed.attempts.reap() == []
+    timed.cards.forget("heron:1")
+    assert [lost for lost, _ in timed.attempts.reap()] == [job_id]
+
+
 @pytest.mark.parametrize("bad", ["heron:0", "heron:1"])
 def test_the_card_that_failed_is_blamed_whichever_rank_it_had(timed: Store, clock: Clock, bad: str) -> None:
     show(timed, "heron:0", "heron:1", "heron:2")
