@@ -166,7 +166,7 @@ def _below(folder: Path) -> list[Path]:
 def _is_over(place: Workplace, attempt: SupervisedAttempt) -> bool:
     """Whether the job no longer needs its files, by its current row: a person may have queued it again."""
     job = place.store.jobs.get(attempt.claim.job_id)
-    return job.status.is_terminal and job.attempt == attempt.claim.attempt and job.reason not in KEEPING
+    return job.status.is_terminal and job.reason not in KEEPING
 
 
 def _remove(place: Workplace, attempt: SupervisedAttempt) -> None:
