@@ -482,7 +482,7 @@ class CardContention(Base):
     __tablename__ = "contentions"
 
     device_name: Mapped[str] = mapped_column(primary_key=True)
-    contention: Mapped[float] = mapped_column(Real(0))  # see `cards.CONTENTION`
+    contention: Mapped[float] = mapped_column(Real(0))  # see `duration.CONTENTION`
 
 
 LEASES = "leases"
