@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from loractl.common.errors import ServiceUnreachable
+from loractl.common.job.status import Status
 from loractl.common.queue.hints import HintQueues
-from loractl.common.settings import load_settings
+from loractl.common.settings import LEASE_S, load_settings
 from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
@@ -21,10 +23,10 @@ from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.device.devices import CpuDevice
-from loractl.worker.node.monitor import Monitor
+from loractl.worker.node.monitor import SETTLE_S, Monitor
 
 from ...databases import SQLITE_ALONE
-from ..factories import node_state, submission
+from ..factories import Clock, node_state, submission, take
 
 pytestmark = SQLITE_ALONE
 
@@ -53,14 +55,26 @@ class NoThreadForTheQueue(NodeClock):
         return super().start(work, name, daemon=daemon)
 
 
-@pytest.mark.parametrize("clock", [SYSTEM, NoThreadForTheQueue()], ids=["it hangs", "no thread can start"])
+@pytest.mark.parametrize(
+    ("node_clock", "is_away"),
+    [(SYSTEM, False), (SYSTEM, True), (NoThreadForTheQueue(), False)],
+    ids=["it hangs", "it is away", "no thread can start"],
+)
 def test_the_rounds_go_on_whatever_becomes_of_the_queue(
-    store: Store, tmp_path: Path, clock: NodeClock, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path, node_clock: NodeClock, is_away: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hangs, asked, woken = threading.Event(), list[str](), list[str]()
-    monkeypatch.setattr(HintQueues, "trim", lambda *_: asked.append("asked") or not hangs.wait(60))
+
+    def trim(*_: object) -> int:
+        asked.append("asked")
+        if is_away:
+            raise ServiceUnreachable("the queue", "redis://away", "LORACTL_REDIS_URL", "it is away")
+        hangs.wait(60)
+        return 0
+
+    monkeypatch.setattr(HintQueues, "trim", trim)
     store.jobs.submit(submission(lora=8, method="lora"))
-    monitor = Monitor(place_in(tmp_path, store, clock), row_in(store))
+    monitor = Monitor(place_in(tmp_path, store, node_clock), row_in(store))
     monitor.start(SimpleNamespace(wake=lambda: woken.append("woken"), attempts={}))  # type: ignore[arg-type]
     deadline = time.monotonic() + 60
     while len(woken) < 7:
@@ -68,7 +82,21 @@ def test_the_rounds_go_on_whatever_becomes_of_the_queue(
         time.sleep(0.05)
     monitor.stop()
     hangs.set()
-    assert len(asked) == (clock is SYSTEM), "one at a time"
+    assert is_away or len(asked) == (node_clock is SYSTEM), "one at a time"
+
+
+def test_what_looks_lost_after_an_outage_is_left_until_living_workers_could_beat(store: Store, tmp_path: Path) -> None:
+    clock = Clock()
+    timed = Store(store.engine, clock)
+    timed.jobs.submit(submission())
+    assert isinstance(take(timed), Claim)
+    monitor = Monitor(place_in(tmp_path, timed), row_in(timed))
+    clock.forward(LEASE_S + 1)
+    monitor._tend_fleet()
+    assert timed.jobs.get(1).status is Status.RUNNING
+    clock.forward(SETTLE_S)
+    monitor._tend_fleet()
+    assert timed.jobs.get(1).status is Status.QUEUED
 
 
 def test_a_node_looks_by_itself_whether_its_tables_went_on(store: Store, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.settings import LEASE_S
 from loractl.common.store.queries.cards.shares import lock
-from loractl.common.store.records import Claim, Left, Progress
+from loractl.common.store.records import Claim, Left, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 
@@ -163,9 +163,11 @@ def test_a_stale_token_is_refused_and_nothing_of_it_is_written(timed: Store, clo
     assert not timed.attempts.beat(stale, late).accepted
     assert timed.attempts.finish(stale, Reason.OK, "late", late, RESULT) is None
     assert timed.attempts.finish(stale, Reason.TRAINER_ERROR, "late", late) is None
+    assert not timed.attempts.keep_checkpoint(stale, StoredCheckpoint(step=99, prefix="jobs/1/checkpoints/1-99"))
 
     row = timed.jobs.get(job_id)
     assert (row.status, row.token, row.step, row.node) == (Status.RUNNING, current.token, None, "other:0")
+    assert row.checkpoint is None
     assert timed.jobs.metrics(job_id, "loss") == []
     assert timed.jobs.log(job_id) == []
     assert timed.adapters.all() == []

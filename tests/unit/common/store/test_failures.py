@@ -167,6 +167,15 @@ def test_a_job_that_ends_well_begins_a_new_row(timed: Store) -> None:
 
 
 @SQLITE_ALONE
+def test_a_job_that_ends_well_on_any_card_of_a_box_clears_its_disk(timed: Store) -> None:
+    online(timed, "a:0", "a:1", "b:0")
+    for user, reason in (("ada", None), ("bob", None), ("cyd", Reason.OK), ("dan", None)):
+        timed.jobs.submit(submission(user=user))
+        fail(timed, "a:0" if reason is None else "a:1", reason or Reason.DISK_FULL)
+    assert timed.cards.drains() == {}
+
+
+@SQLITE_ALONE
 def test_the_last_open_card_is_never_closed(timed: Store, clock: Clock) -> None:
     """A processor does not stand in for the last GPU."""
     online(timed, "a:0")

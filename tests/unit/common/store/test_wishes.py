@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Connection, event, update
 from sqlalchemy.orm import Session
 
-from loractl.common.errors import JobNotFound, WrongState
+from loractl.common.errors import JobNotFound, NotYours, WrongState
 from loractl.common.job.names import Reference
 from loractl.common.job.status import Reason, Status
 from loractl.common.store.database import make_engine
@@ -127,6 +127,17 @@ def test_a_wish_lasts_as_long_as_the_attempt_that_it_is_for(store: Store) -> Non
     store.attempts.finish(claim, Reason.CANCELLED, "stopped", Progress())
     assert store.jobs.retry(job_id, "ada").cancel_requested is False
     assert isinstance(take(store), Claim), "the wish went with the attempt"
+
+
+@pytest.mark.parametrize("upgraded_url", ["sqlite"], indirect=True)
+def test_in_a_closed_lab_a_stranger_stops_no_running_job(store: Store) -> None:
+    """PostgreSQL's own: tests/integration/test_postgres_roles.py."""
+    job_id = store.jobs.submit(submission())
+    assert isinstance(take(store), Claim)
+    store.lab.set("changes", "own")
+    with pytest.raises(NotYours, match="may cancel it"):
+        store.jobs.cancel(job_id, "bob")
+    assert not store.jobs.get(job_id).cancel_requested
 
 
 def test_a_number_that_no_job_can_have_is_not_found(store: Store) -> None:
