@@ -79,9 +79,16 @@ def psycopg_url(url: str) -> str:
     return url.replace("postgresql://", "postgresql+psycopg://", 1)
 
 
+OPEN_LAB = "INSERT INTO lab_settings VALUES ('changes', 'open')"
+"""People of tests change each other's jobs, where a test is not about that."""
+
+
 class KeptDatabase:
     """An upgraded PostgreSQL database that one test after the other gets empty. To make one for each takes ten times as
     long. A test that changes more than rows leaves the next one a new copy of the template."""
+
+    rows = OPEN_LAB
+    """What is written into an empty one."""
 
     def __init__(self, server: str) -> None:
         self._server = server
@@ -92,9 +99,10 @@ class KeptDatabase:
         if self._open is None:
             self._open = contextlib.ExitStack()
             self._url = self._open.enter_context(database(self._server, UPGRADED))
+            self.furnish(self._open, self._url)
             with _admin(self._url) as connection:
                 self._form = self._form_of(connection)
-                connection.execute(text(OPEN_LAB))
+                connection.execute(text(self.rows))
         return self._url
 
     def empty(self) -> None:
@@ -105,9 +113,12 @@ class KeptDatabase:
             if not changed:
                 connection.execute(text("SET session_replication_role = replica"))  # no foreign key is looked at
                 connection.execute(text(_DELETE_ALL))
-                connection.execute(text(OPEN_LAB))
+                connection.execute(text(self.rows))
         if changed:
             self.close()
+
+    def furnish(self, until: contextlib.ExitStack, url: str) -> None:
+        """Give a new copy what it has beside its tables, until it is dropped."""
 
     def close(self) -> None:
         if self._open is not None:
@@ -117,9 +128,6 @@ class KeptDatabase:
     def _form_of(self, connection: Connection) -> str:
         return str(connection.execute(text(_FORM)).scalar())
 
-
-OPEN_LAB = "INSERT INTO lab_settings VALUES ('changes', 'open')"
-"""People of tests change each other's jobs, where a test is not about that."""
 
 _END_OTHERS = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()

@@ -12,6 +12,8 @@ from sqlalchemy import create_engine
 from loractl.common.store.database import make_engine
 from loractl.common.store.roles import SUBMIT, WORK, WantedLogin, apply_roles
 
+from .databases import KeptDatabase
+
 PASSWORD = "pw-of-a-test-1234"
 
 
@@ -32,6 +34,17 @@ def logins(owner_url: str, password: str = PASSWORD) -> Iterator[Logins]:
         role(owner_url, f"heron_{suffix}", WORK, password) as box,
     ):
         yield Logins(person=person, box=box)
+
+
+class KeptLab(KeptDatabase):
+    """A kept database with the roles of a lab, and a login of a person and of a box."""
+
+    rows = "SELECT"
+
+    logins: Logins
+
+    def furnish(self, until: contextlib.ExitStack, url: str) -> None:
+        self.logins = until.enter_context(logins(url))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.settings import load_settings
-from loractl.common.store.database import connect, make_engine
+from loractl.common.store.database import connect
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt.storage.client import StoreClient
@@ -24,8 +24,9 @@ from loractl.worker.device.devices import CpuDevice
 from loractl.worker.protocol.messages import Ended, Start, Stepped
 from loractl.worker.recipe.run import Run, Stopped
 
+from ..conftest import kept_engine
 from ..models import write_helpdesk
-from ..roles import Logins, logins
+from ..roles import KeptLab, Logins
 
 load_kernels()  # before a test's import does it at its own cost
 
@@ -43,24 +44,35 @@ def _settle() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module")
+def kept_lab(postgres_server: str) -> Iterator[KeptLab]:
+    kept = KeptLab(postgres_server)
+    yield kept
+    kept.close()
+
+
 @pytest.fixture
-def lab(upgraded_postgres: str) -> Iterator[Logins]:
-    """A database with the roles of a lab, and a login of a person and of a box."""
-    with logins(upgraded_postgres) as made:
-        yield made
+def owner_url(kept_lab: KeptLab) -> Iterator[str]:
+    """The owner's login to a database with the roles of a lab."""
+    yield kept_lab.url()
+    kept_lab.empty()
+
+
+@pytest.fixture
+def lab(owner_url: str, kept_lab: KeptLab) -> Logins:
+    """A login of a person and of a box to it."""
+    return kept_lab.logins
 
 
 @pytest.fixture
 def person(lab: Logins) -> Iterator[Store]:
-    engine = make_engine(lab.person)
-    yield Store(engine)
+    yield Store(engine := kept_engine(lab.person))
     engine.dispose()
 
 
 @pytest.fixture
 def box(lab: Logins) -> Iterator[Store]:
-    engine = make_engine(lab.box)
-    yield Store(engine)
+    yield Store(engine := kept_engine(lab.box))
     engine.dispose()
 
 

@@ -29,6 +29,7 @@ from loractl.common.store.store import Store
 from loractl.scheduler.change.amendment import amendment
 
 from .. import services
+from ..conftest import kept_engine
 from ..hostile import HOLDING, OLD_LOCKS, STATEMENTS, held_open, storm
 from ..roles import PASSWORD, Logins, logins
 from ..unit.factories import RESULT, Clock, submission, take
@@ -51,7 +52,7 @@ def clock() -> Clock:
 @pytest.fixture
 def box(lab: Logins, clock: Clock) -> Iterator[Store]:
     """A worker whose leases follow the test's clock."""
-    engine = make_engine(lab.box)
+    engine = kept_engine(lab.box)
     yield Store(engine, clock, lease_s=LEASE_S)
     engine.dispose()
 
@@ -61,13 +62,13 @@ def edits(job_id: int) -> str:
 
 
 def test_who_holds_the_locks_of_an_earlier_version_stops_no_round(
-    person: Store, box: Store, lab: Logins, postgres_url: str, clock: Clock
+    person: Store, box: Store, lab: Logins, owner_url: str, clock: Clock
 ) -> None:
     person.jobs.submit(submission())
     assert isinstance(take(box), Claim)
     with pytest.raises(Forbidden), held_open(lab.person, OLD_LOCKS):
         pytest.fail("a login could fill the server's table of locks")
-    with held_open(postgres_url, OLD_LOCKS):
+    with held_open(owner_url, OLD_LOCKS):
         clock.forward(1.1 * LEASE_S)
         assert box.cards.take_turn(0, 0) is not None
         assert [job_id for job_id, _ in box.attempts.reap()] == [1]
@@ -75,13 +76,13 @@ def test_who_holds_the_locks_of_an_earlier_version_stops_no_round(
 
 
 def test_a_row_that_a_login_keeps_locked_costs_no_attempt_and_no_beat_is_lost(
-    person: Store, box: Store, lab: Logins, postgres_url: str, clock: Clock
+    person: Store, box: Store, lab: Logins, owner_url: str, clock: Clock
 ) -> None:
     """The owner holds it by hand; an edit of its own login holds nothing."""
     job_id = person.jobs.submit(submission())
     claim = take(box)
     assert isinstance(claim, Claim)
-    locks = ((postgres_url, "SELECT * FROM jobs FOR NO KEY UPDATE", False), (lab.person, edits(job_id), True))
+    locks = ((owner_url, "SELECT * FROM jobs FOR NO KEY UPDATE", False), (lab.person, edits(job_id), True))
     for url, statement, recorded in locks:
         with held_open(url, statement):
             for _ in range(8):
@@ -89,7 +90,7 @@ def test_a_row_that_a_login_keeps_locked_costs_no_attempt_and_no_beat_is_lost(
                 beat = box.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=5))
                 assert (beat.accepted, beat.recorded) == (True, recorded)
                 assert box.attempts.reap() == []
-            if url == postgres_url:
+            if url == owner_url:
                 person.jobs.cancel(job_id, "ada")
                 assert box.attempts.beat(claim, Progress()).cancel_requested, "a wish needs nobody's row"
         assert box.attempts.reap() == [], "its own row holds the lease"
@@ -99,7 +100,7 @@ def test_a_row_that_a_login_keeps_locked_costs_no_attempt_and_no_beat_is_lost(
 
 
 def test_who_changes_a_job_whose_row_somebody_keeps_locked_is_told_who_it_is(
-    person: Store, box: Store, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    person: Store, box: Store, owner_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(changes, "PATIENCE_S", 0.05)
     running, waiting = person.jobs.submit(submission()), person.jobs.submit(submission())
@@ -107,16 +108,16 @@ def test_who_changes_a_job_whose_row_somebody_keeps_locked_is_told_who_it_is(
     for job_id in (running, waiting):
         said = "SET application_name = 'psql left open'", f"SELECT * FROM jobs WHERE job_id = {job_id} FOR UPDATE"
         told = pytest.raises(WrongState, match=r"postgres's session \d+ \(psql left open\) keeps its row locked")
-        with held_open(postgres_url, *said), told:
+        with held_open(owner_url, *said), told:
             person.jobs.cancel(job_id, "ada")
         assert not person.jobs.get(job_id).cancel_requested and person.jobs.get(job_id).status is not Status.CANCELLED
         person.jobs.cancel(job_id, "ada")
 
 
 def test_a_look_that_is_never_committed_keeps_gc_from_no_other_job(
-    person: Store, postgres_url: str, lab: Logins
+    person: Store, owner_url: str, lab: Logins
 ) -> None:
-    owner = Store(make_engine(postgres_url))
+    owner = Store(make_engine(owner_url))
     seen, other = (person.jobs.submit(submission()) for _ in range(2))
     for job_id in (seen, other):
         claim = take(owner)
@@ -132,12 +133,12 @@ def test_a_look_that_is_never_committed_keeps_gc_from_no_other_job(
 
 @pytest.mark.long
 def test_who_is_silent_for_a_lease_ends_also_where_its_row_was_locked_once(
-    person: Store, box: Store, postgres_url: str, clock: Clock
+    person: Store, box: Store, owner_url: str, clock: Clock
 ) -> None:
     job_id = person.jobs.submit(submission())
     claim = take(box)
     assert isinstance(claim, Claim)
-    with held_open(postgres_url, "SELECT * FROM jobs FOR UPDATE"):
+    with held_open(owner_url, "SELECT * FROM jobs FOR UPDATE"):
         assert not box.attempts.beat(claim, Progress()).recorded
         clock.forward(1.2 * LEASE_S)
         assert box.attempts.reap() == [], "who holds its row is passed over"
@@ -146,11 +147,11 @@ def test_who_is_silent_for_a_lease_ends_also_where_its_row_was_locked_once(
 
 
 def test_an_open_transaction_s_changes_lock_nothing_and_count_once_it_commits(
-    person: Store, box: Store, lab: Logins, postgres_url: str
+    person: Store, box: Store, lab: Logins, owner_url: str
 ) -> None:
     mine, other = person.jobs.submit(submission()), person.jobs.submit(submission(name="b"))
     whole = HELD.replace("(1,", "(job_id,").replace("'{}'", '\'{"status": "queued"}\'') + " FROM jobs"
-    engine, owner = make_engine(lab.person, kept=0), make_engine(postgres_url)
+    engine, owner = make_engine(lab.person, kept=0), make_engine(owner_url)
     with engine.connect() as open_one:
         open_one.exec_driver_sql(whole)
         with owner.connect() as looking:  # nobody has a row locked
@@ -183,11 +184,11 @@ EARLY = (
 
 @pytest.mark.parametrize("statements", EARLY)
 def test_no_statement_but_commit_makes_a_change_and_a_commit_is_not_made_to_last(
-    person: Store, lab: Logins, postgres_url: str, statements: tuple[str, ...]
+    person: Store, lab: Logins, owner_url: str, statements: tuple[str, ...]
 ) -> None:
     person.jobs.submit(submission())
     *before, last = statements
-    owner = make_engine(postgres_url)
+    owner = make_engine(owner_url)
     with psycopg.connect(lab.person.replace("+psycopg", "")) as connection:
         for statement in before:
             connection.execute(statement)
@@ -227,9 +228,9 @@ def test_a_pipeline_s_changes_are_made_by_its_commit_alone(person: Store, lab: L
     assert person.jobs.get(1).held
 
 
-def test_a_change_meets_another_login_s_and_is_made_after_it(person: Store, postgres_url: str) -> None:
+def test_a_change_meets_another_login_s_and_is_made_after_it(person: Store, owner_url: str) -> None:
     """The owner's transaction has the row for half a second: the change waits for no lock, and is tried again."""
-    job_id, owner = person.jobs.submit(submission()), make_engine(postgres_url)
+    job_id, owner = person.jobs.submit(submission()), make_engine(owner_url)
 
     def lock() -> None:
         with owner.begin() as connection:
@@ -279,12 +280,12 @@ def test_a_login_s_waiting_jobs_have_few_priorities_each_of_which_costs_a_claim(
 
 
 def test_a_claim_goes_on_with_the_next_job_where_somebody_keeps_the_first_ones_locked(
-    person: Store, box: Store, lab: Logins, postgres_url: str
+    person: Store, box: Store, lab: Logins, owner_url: str
 ) -> None:
     for number in range(30):
         person.jobs.submit(submission(name=f"locked-{number}", priority=1000))
     free = person.jobs.submit(submission())
-    for url in (postgres_url, lab.box):
+    for url in (owner_url, lab.box):
         with held_open(url, f"SELECT * FROM jobs WHERE job_id < {free} FOR NO KEY UPDATE"):
             began = time.monotonic()
             claim = take(box)
@@ -296,21 +297,21 @@ def test_a_claim_goes_on_with_the_next_job_where_somebody_keeps_the_first_ones_l
 @pytest.mark.long
 @pytest.mark.parametrize("apart", [0.0, 0.25], ids=["one line", "a line each"])
 def test_more_locked_rows_of_a_user_than_a_claim_tries_keep_no_card_from_others(
-    person: Store, box: Store, postgres_url: str, apart: float
+    person: Store, box: Store, owner_url: str, apart: float
 ) -> None:
     for number in range(12):
         person.jobs.submit(submission(lora=4 + number * apart, priority=1000))
-    owner = Store(make_engine(postgres_url))
+    owner = Store(make_engine(owner_url))
     others = owner.jobs.submit(submission(user="eve"))
-    with held_open(postgres_url, f"SELECT * FROM jobs WHERE job_id < {others} FOR NO KEY UPDATE"):
+    with held_open(owner_url, f"SELECT * FROM jobs WHERE job_id < {others} FOR NO KEY UPDATE"):
         claim = take(box)
     assert isinstance(claim, Claim) and claim.job_id == others
     owner.engine.dispose()
 
 
 @pytest.mark.long
-def test_a_commit_of_changes_that_take_long_is_ended(person: Store, lab: Logins, postgres_url: str) -> None:
-    job_id, owner = person.jobs.submit(submission()), make_engine(postgres_url)
+def test_a_commit_of_changes_that_take_long_is_ended(person: Store, lab: Logins, owner_url: str) -> None:
+    job_id, owner = person.jobs.submit(submission()), make_engine(owner_url)
     with owner.connect() as connection:
         function = str(
             connection.exec_driver_sql("SELECT pg_get_functiondef('loractl_pending.by_commit'::regproc)").scalar()
@@ -342,9 +343,9 @@ def test_a_login_reaches_no_other_database_where_it_could_use_the_server_s_locks
 
 
 @pytest.fixture
-def joiner(alone_inviting: None, postgres_url: str) -> Iterator[str]:
+def joiner(alone_inviting: None, owner_url: str) -> Iterator[str]:
     """The login of a join line."""
-    engine = make_engine(postgres_url)
+    engine = make_engine(owner_url)
     name = LOGIN + secrets.token_hex(6)
     invite(engine, [Invitation(login=name, password=PASSWORD, role=SUBMIT, name=None, sealed="x")], 3600)
     yield engine.url.set(username=name, password=PASSWORD).render_as_string(hide_password=False)
@@ -355,7 +356,7 @@ def joiner(alone_inviting: None, postgres_url: str) -> Iterator[str]:
 
 @pytest.mark.long
 def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
-    person: Store, box: Store, lab: Logins, joiner: str, postgres_url: str, clock: Clock
+    person: Store, box: Store, lab: Logins, joiner: str, owner_url: str, clock: Clock
 ) -> None:
     claims: dict[int, Claim] = {}
     for _ in range(10):
@@ -366,7 +367,7 @@ def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
     for name in ("waits", "waits-too"):
         person.jobs.submit(submission(name=name))
     person.jobs.hold(11, "ada")
-    owner = make_engine(postgres_url)
+    owner = make_engine(owner_url)
     before = _asked_and_held(owner)
     over, said = threading.Event(), list[str]()
     urls = (lab.person, lab.person, joiner)
@@ -395,7 +396,7 @@ def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
 
 @pytest.mark.long
 def test_whatever_three_logins_leave_open_ten_jobs_run_on_and_others_start_at_once(
-    person: Store, box: Store, lab: Logins, joiner: str, postgres_url: str, clock: Clock
+    person: Store, box: Store, lab: Logins, joiner: str, owner_url: str, clock: Clock
 ) -> None:
     claims: list[Claim] = []
     for number in range(10):
@@ -405,14 +406,14 @@ def test_whatever_three_logins_leave_open_ten_jobs_run_on_and_others_start_at_on
         claims.append(claim)
     for _ in range(3):
         person.jobs.submit(submission(priority=1000))
-    owner = make_engine(postgres_url)
+    owner = make_engine(owner_url)
     before = _asked_and_held(owner)
     by_owner = (
         "SELECT * FROM jobs FOR UPDATE",
         *(one for one in HOLDING if one.startswith("SELECT loractl")),
         OLD_LOCKS,
     )
-    for url, statements in ((lab.person, HOLDING), (joiner, HOLDING), (postgres_url, by_owner)):
+    for url, statements in ((lab.person, HOLDING), (joiner, HOLDING), (owner_url, by_owner)):
         with contextlib.ExitStack() as left_open:
             for statement in statements:
                 with contextlib.suppress(DatabaseError, Forbidden):
@@ -426,7 +427,7 @@ def test_whatever_three_logins_leave_open_ten_jobs_run_on_and_others_start_at_on
             started = person.jobs.submit(submission())
             found = take(box, node="box:10")
             assert isinstance(found, Claim) and time.monotonic() - began < SOON_S
-            if url != postgres_url:  # with nothing locked, what is first starts
+            if url != owner_url:  # with nothing locked, what is first starts
                 assert found.job_id < started
         assert box.attempts.finish(found, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
         assert _asked_and_held(owner) == before

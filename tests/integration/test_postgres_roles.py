@@ -119,9 +119,9 @@ def test_who_submits_writes_no_row_that_keeps_others_from_ending_or_can_t_be_can
 
 
 def test_the_owner_alone_writes_the_lab_s_settings_and_everybody_reads_them(
-    person: Store, box: Store, postgres_url: str
+    person: Store, box: Store, owner_url: str
 ) -> None:
-    engine = make_engine(postgres_url)
+    engine = make_engine(owner_url)
     owner = Store(engine)
     owner.lab.set("store", "one")
     for login in (person, box):
@@ -134,7 +134,7 @@ def test_the_owner_alone_writes_the_lab_s_settings_and_everybody_reads_them(
     engine.dispose()
 
 
-def test_the_owner_alone_sets_quotas_and_a_box_counts_what_is_had(person: Store, box: Store, postgres_url: str) -> None:
+def test_the_owner_alone_sets_quotas_and_a_box_counts_what_is_had(person: Store, box: Store, owner_url: str) -> None:
     for login in (person, box):
         with pytest.raises(Forbidden):
             login.usage.set_quota("ada", 1e9, 86400, soft=True)
@@ -143,7 +143,7 @@ def test_the_owner_alone_sets_quotas_and_a_box_counts_what_is_had(person: Store,
         for what in ("card_hours = 1e6", "window_s = 1", "\"user\" = 'eve'"):
             with pytest.raises(Forbidden), login.engine.begin() as connection:
                 connection.execute(text(f"UPDATE quotas SET {what}"))  # by hand
-    engine = make_engine(postgres_url)
+    engine = make_engine(owner_url)
     person.jobs.submit(submission(labels={"team": "nlp"}))
     claim = take(box)
     assert isinstance(claim, Claim)
@@ -157,9 +157,9 @@ def test_the_owner_alone_sets_quotas_and_a_box_counts_what_is_had(person: Store,
 
 
 def test_a_person_changes_their_own_jobs_operators_and_the_owner_all_and_a_lab_may_be_open(
-    person: Store, box: Store, lab: Logins, postgres_url: str
+    person: Store, box: Store, lab: Logins, owner_url: str
 ) -> None:
-    owner, ada = Store(make_engine(postgres_url)), str(make_url(lab.person).username)
+    owner, ada = Store(make_engine(owner_url)), str(make_url(lab.person).username)
     ended, waits, runs = (person.jobs.submit(submission(name=name)) for name in ("ended", "waits", "runs"))
     claim = take(box)
     assert isinstance(claim, Claim) and claim.job_id == ended
@@ -169,7 +169,7 @@ def test_a_person_changes_their_own_jobs_operators_and_the_owner_all_and_a_lab_m
     assert isinstance(claim, Claim) and claim.job_id == runs
     person.jobs.release(waits, "ada")
     name = f"bob_{secrets.token_hex(4)}"
-    with role(postgres_url, name, SUBMIT) as url:
+    with role(owner_url, name, SUBMIT) as url:
         bob = Store(make_engine(url))
         asked = {
             "cancel": lambda login: login.jobs.cancel(runs, ada),
@@ -226,9 +226,9 @@ def test_a_person_changes_their_own_jobs_operators_and_the_owner_all_and_a_lab_m
 
 
 def test_numbers_are_compared_as_they_are_and_not_as_a_login_rounds_them(
-    person: Store, lab: Logins, postgres_url: str
+    person: Store, lab: Logins, owner_url: str
 ) -> None:
-    job_id, owner, engine = person.jobs.submit(submission()), make_engine(postgres_url), make_engine(lab.person)
+    job_id, owner, engine = person.jobs.submit(submission()), make_engine(owner_url), make_engine(lab.person)
     with owner.begin() as connection:
         connection.exec_driver_sql("UPDATE jobs SET loss = 0.2345")
     with pytest.raises((Forbidden, DatabaseError)), engine.begin() as connection:
@@ -263,9 +263,9 @@ def test_a_look_at_final_rows_is_the_login_s_and_of_now(person: Store, box: Stor
 
 
 def test_who_submits_draws_no_number_and_numbers_go_on_beyond_32_bits(
-    person: Store, box: Store, lab: Logins, postgres_url: str
+    person: Store, box: Store, lab: Logins, owner_url: str
 ) -> None:
-    owner, login = make_engine(postgres_url), make_engine(lab.person)
+    owner, login = make_engine(owner_url), make_engine(lab.person)
     with owner.begin() as connection:
         sequences = connection.exec_driver_sql("SELECT sequencename FROM pg_sequences").scalars().all()
         assert len(sequences) == 6
@@ -300,11 +300,11 @@ def test_who_submits_draws_no_number_and_numbers_go_on_beyond_32_bits(
 
 
 def test_the_page_s_role_reads_all_that_is_shown_and_writes_nothing(
-    lab: Logins, person: Store, box: Store, postgres_url: str, tmp_path: Path
+    lab: Logins, person: Store, box: Store, owner_url: str, tmp_path: Path
 ) -> None:
     first, name = person.jobs.submit(submission()), f"web_{secrets.token_hex(4)}"
     assert isinstance(take(box), Claim)
-    with role(postgres_url, name, "loractl_web") as url:
+    with role(owner_url, name, "loractl_web") as url:
         store = Store(make_engine(url, read_only=True))
         shelf = ReportShelf(store, lambda: ArtifactStore(tmp_path.as_uri()))
         site = make_site(store, shelf, Access(token=None, names=frozenset({"localhost"})))
@@ -325,9 +325,9 @@ def test_the_page_s_role_reads_all_that_is_shown_and_writes_nothing(
 
 
 def test_who_submits_edits_what_is_its_own_and_no_more(
-    person: Store, box: Store, lab: Logins, postgres_url: str
+    person: Store, box: Store, lab: Logins, owner_url: str
 ) -> None:
-    owner = make_engine(postgres_url)
+    owner = make_engine(owner_url)
     others, mine = (
         Store(owner).jobs.submit(submission(user="eve")),
         person.jobs.submit(submission(resources={"time_limit": 9})),
@@ -397,13 +397,13 @@ def test_a_job_in_smaller_pieces_is_edited_to_no_other_batch(person: Store, lab:
 
 
 def test_a_box_plans_anew_what_waits_since_before_an_upgrade(
-    person: Store, box: Store, postgres_url: str, tmp_path: Path
+    person: Store, box: Store, owner_url: str, tmp_path: Path
 ) -> None:
     config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
               "num_attention_heads": 2, "vocab_size": 500}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     job_id = person.jobs.submit(submission(lora=30, base_model=str(tmp_path)))
-    owner = make_engine(postgres_url)
+    owner = make_engine(owner_url)
     with owner.begin() as connection:
         connection.execute(text(f"UPDATE jobs SET engine = 1 WHERE job_id = {job_id}"))
     owner.dispose()
@@ -545,8 +545,8 @@ UNREADABLE: dict[str, list[Any]] = {
 """Values by column that would stop the workers, or that only the database gives."""
 
 
-def test_by_hand_who_submits_cannot_do_more(person: Store, box: Store, lab: Logins, postgres_url: str) -> None:
-    owner = make_engine(postgres_url)
+def test_by_hand_who_submits_cannot_do_more(person: Store, box: Store, lab: Logins, owner_url: str) -> None:
+    owner = make_engine(owner_url)
     for name in ("runs", "waits"):
         person.jobs.submit(submission(name=name))
     claim = take(box)
@@ -765,9 +765,9 @@ def test_a_worker_cannot_submit_or_change_what_was_asked(person: Store, box: Sto
 
 
 def test_what_a_login_may_fill_the_server_s_disk_with_is_bounded_or_named(
-    lab: Logins, postgres_url: str, tmp_path: Path
+    lab: Logins, owner_url: str, tmp_path: Path
 ) -> None:
-    owner, person = create_engine(postgres_url, isolation_level="AUTOCOMMIT"), make_engine(lab.person, kept=0)
+    owner, person = create_engine(owner_url, isolation_level="AUTOCOMMIT"), make_engine(lab.person, kept=0)
     settings = load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_DATABASE_URL": lab.person})
 
     def doctor_s() -> str:
@@ -789,7 +789,7 @@ def test_what_a_login_may_fill_the_server_s_disk_with_is_bounded_or_named(
         assert own.exec_driver_sql("SHOW temp_file_limit").scalar() == "-1"
         database = own.exec_driver_sql("SELECT current_database()").scalar()
         own.exec_driver_sql(f"ALTER DATABASE {database} SET temp_file_limit = '1MB'")
-        apply_roles(make_engine(postgres_url))
+        apply_roles(make_engine(owner_url))
         sort(1000)
         with pytest.raises(DatabaseError, match="temporary file size exceeds"):
             sort(300_000)
@@ -800,7 +800,7 @@ def test_what_a_login_may_fill_the_server_s_disk_with_is_bounded_or_named(
         assert named() == ("temporary tables", "large objects", "advisory locks", "temporary files")
         assert doctor_s().endswith("temporary tables and large objects and advisory locks and temporary files")
         own.exec_driver_sql(f"REVOKE TEMPORARY ON DATABASE {database} FROM loractl_submit")
-        apply_roles(make_engine(postgres_url))
+        apply_roles(make_engine(owner_url))
     assert named() == ()
     owner.dispose()
 
