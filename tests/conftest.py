@@ -235,16 +235,20 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def upgraded_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """An upgraded database of each kind."""
     if request.param == "sqlite":
-        template: Path = request.getfixturevalue("sqlite_template")
-        file = template.with_name(f"{os.getpid()}.db")  # always the same, as the engine that is kept for it
-        for end in ("", "-wal", "-shm"):
-            file.with_name(file.name + end).unlink(missing_ok=True)
-        shutil.copy(template, file)
-        yield f"sqlite:///{file}"
+        yield kept_copy(request.getfixturevalue("sqlite_template"))
         return
     kept: KeptDatabase = request.getfixturevalue("kept_postgres")
     yield kept.url()
     kept.empty()
+
+
+def kept_copy(template: Path) -> str:
+    """The URL of a fresh copy. It is always the same, as the engine that is kept for it."""
+    file = template.with_name(f"{os.getpid()}.db")
+    for end in ("", "-wal", "-shm"):
+        file.with_name(file.name + end).unlink(missing_ok=True)
+    shutil.copy(template, file)
+    return f"sqlite:///{file}"
 
 
 @pytest.fixture(scope="session")

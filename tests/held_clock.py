@@ -14,8 +14,9 @@ from loractl.worker.clock import NodeClock
 
 Item = TypeVar("Item")
 
-POLL_S = 0.0005
-"""Real seconds between two looks at what threads wait for, while one of them works."""
+POLL_S, RARELY_S = 0.0005, 0.01
+"""Real seconds between two looks at what threads wait for, while one of them works: at first, and when nothing comes
+of it. A new wait begins at the first again."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -130,11 +131,12 @@ class HeldClock(NodeClock):
         return done
 
     def _tick(self) -> None:
+        pause = POLL_S
         try:
             while not self._closed:
                 self._stirred.clear()
-                if not self._look():
-                    self._stirred.wait(POLL_S)
+                came = self._look() or self._stirred.wait(pause)
+                pause = POLL_S if came else min(2 * pause, RARELY_S)
         except Exception as fault:
             with self._lock:
                 self._fault, waits = fault, list(self._waits.values())
@@ -145,8 +147,10 @@ class HeldClock(NodeClock):
     def _look(self) -> bool:
         """Wake those whose wait is over; with nobody at work and nobody to wake, let the next time come."""
         with self._lock:
-            self._known = {thread for thread in self._known if thread.is_alive()}
-            waits, changes, working = dict(self._waits), self._changes, self._known - self._waits.keys()
+            at_work = self._known - self._waits.keys()
+            working = {thread for thread in at_work if thread.is_alive()}
+            self._known -= at_work - working
+            waits, changes = dict(self._waits), self._changes
         quiet = not working and all(quiet() for quiet in self._watched)
         over = [thread for thread, wait in waits.items() if wait.until <= self._now or wait.holds()]
         with self._lock:

@@ -27,9 +27,10 @@ from sqlalchemy import Engine, update
 from sqlalchemy.orm import Session
 
 from loractl.common.artifacts import ArtifactStore
-from loractl.common.errors import LoractlError
+from loractl.common.errors import LoractlError, ServiceUnreachable
 from loractl.common.job.file import load_spec
 from loractl.common.job.status import Reason
+from loractl.common.queue.hints import HintQueues
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
@@ -195,7 +196,8 @@ class ShownCard:
 
 @dataclass
 class HeldLab:
-    """A database, and the boxes that a test starts; each ends with it. Seconds are those of the clock."""
+    """A database, and the boxes that a test starts; each ends with it. Seconds are those of the clock. All use one
+    engine, commands too: each other one would compile all statements anew."""
 
     home: Path
     folder: Path
@@ -235,7 +237,7 @@ class HeldLab:
             replace(
                 place,
                 clock=self.clock,
-                store=Store(place.store.engine, self.time, settings.lease_s),
+                store=Store(self.engine, self.time, settings.lease_s),
                 artifacts=_NearStore(settings.artifacts_url, mark=(options or NodeOptions()).store_mark),
                 launch=lambda *_: self._launch(does),
             )
@@ -272,7 +274,6 @@ class HeldLab:
             self.clock.join(thread)
         for place, _ in ending:
             place.store.cards.forget(place.node)  # as `loractl worker` does, which has seen it end
-            place.store.engine.dispose()
 
     def submit(self, *options: str, name: str = "job", steps: int = 10, user: str = "ada") -> int:
         file = write_job(self.folder, self.folder, name=name)
@@ -297,7 +298,7 @@ class HeldLab:
         with pytest.MonkeyPatch.context() as patched:
             for name, value in self._variables().items():
                 patched.setenv(name, value)
-            patched.setattr(session, "Store", lambda engine: Store(engine, self.time))
+            patched.setattr(session, "Store", lambda _: Store(self.engine, self.time))
             done = CliRunner().invoke(cli, list(map(str, args)))
         error = done.exception
         if isinstance(error, LoractlError):
@@ -343,11 +344,16 @@ class HeldLab:
         }  # fmt: skip
 
 
+def _no_queue(*_: object) -> int:
+    raise ServiceUnreachable("the queue", NO_QUEUE, "LORACTL_REDIS_URL", "a held lab has none")
+
+
 @contextlib.contextmanager
 def held_lab(home: Path, folder: Path, engine: Engine) -> Iterator[HeldLab]:
     lab = HeldLab(home, folder, engine)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(psutil, "process_iter", lambda *_: iter(()))  # a look at all of the machine's, for nothing
+        patched.setattr(HintQueues, "trim", _no_queue)  # to find that out takes a tenth of a node's time
         try:
             yield lab
         finally:

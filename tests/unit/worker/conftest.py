@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.store.database import make_engine
-
+from ...conftest import kept_copy, kept_engine
 from ...held_lab import HeldLab, held_lab
 
 
 @pytest.fixture
-def held(upgraded_home: Path, tmp_path: Path) -> Iterator[HeldLab]:
+def held(home: Path, sqlite_template: Path, tmp_path: Path) -> Iterator[HeldLab]:
     """Without a box yet."""
-    engine = make_engine(f"sqlite:///{upgraded_home / 'loractl.db'}", connections=8)
-    with held_lab(upgraded_home, tmp_path, engine) as lab:
+    engine = kept_engine(kept_copy(sqlite_template))
+    with held_lab(home, tmp_path, engine) as lab:
         yield lab
     engine.dispose()
