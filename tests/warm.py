@@ -45,6 +45,7 @@ PROGRAM = "-c"
 MODULES = {
     OWN: HEAVY,
     TRAINER: HEAVY,
+    "tests.full_trainer": HEAVY,
     "loractl.worker.base.self_test": HEAVY,
     "loractl.worker.data.lengths": HEAVY,
     "loractl.worker.recipe.preparation": HEAVY,

@@ -77,17 +77,29 @@ def box(lab: Logins) -> Iterator[Store]:
 
 
 @pytest.fixture
-def quick_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Workplace]:
+def cpu_place(tmp_path: Path) -> Callable[[str], Workplace]:
+    """A node on a processor with trainers of a module."""
+
+    def make(trainer: str) -> Workplace:
+        settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_TRAINER": trainer})
+        return Workplace(
+            settings=settings, store=Store(connect(settings)), device=CpuDevice(total=24 * GIB), node="box:0",
+            artifacts=StoreClient(settings.artifacts_url), drain=Drain(),
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def quick_place(
+    cpu_place: Callable[[str], Workplace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Workplace]:
     """A node on a processor whose trainers are this program: they import nothing but what it does."""
 
     def make(program: str) -> Workplace:
         (tmp_path / "quick.py").write_text(program)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_TRAINER": "quick"})
-        return Workplace(
-            settings=settings, store=Store(connect(settings)), device=CpuDevice(total=24 * GIB), node="box:0",
-            artifacts=StoreClient(settings.artifacts_url), drain=Drain(),
-        )  # fmt: skip
+        return cpu_place("quick")
 
     return make
 

@@ -114,9 +114,7 @@ def test_who_changes_a_job_whose_row_somebody_keeps_locked_is_told_who_it_is(
         person.jobs.cancel(job_id, "ada")
 
 
-def test_a_look_that_is_never_committed_keeps_gc_from_no_other_job(
-    person: Store, owner_url: str, lab: Logins
-) -> None:
+def test_a_look_that_is_never_committed_keeps_gc_from_no_other_job(person: Store, owner_url: str, lab: Logins) -> None:
     owner = Store(make_engine(owner_url))
     seen, other = (person.jobs.submit(submission()) for _ in range(2))
     for job_id in (seen, other):

@@ -324,9 +324,7 @@ def test_the_page_s_role_reads_all_that_is_shown_and_writes_nothing(
             one.engine.dispose()
 
 
-def test_who_submits_edits_what_is_its_own_and_no_more(
-    person: Store, box: Store, lab: Logins, owner_url: str
-) -> None:
+def test_who_submits_edits_what_is_its_own_and_no_more(person: Store, box: Store, lab: Logins, owner_url: str) -> None:
     owner = make_engine(owner_url)
     others, mine = (
         Store(owner).jobs.submit(submission(user="eve")),

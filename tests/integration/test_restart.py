@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,38 +20,24 @@ from loractl.worker.attempt.attempt import begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
 
+from .. import full_trainer, warm
 from ..models import write_job
 from ..unit.factories import node_state
 
-FULL = """
-import sys
-import torch
-from loractl.worker.engine.loop import TrainingLoop
-from loractl.worker.engine.passes.lean import LeanPass
-from loractl.worker.recipe import trainer
 
-def run(order, stop, tell):
-    learn, train, calls = LeanPass.learn, TrainingLoop.run, []
-    TrainingLoop.run = lambda loop: (calls.clear(), train(loop))  # after the comparison of the passes
-    def full(self, *of):
-        calls.append(1)
-        if order.adjustment.micro_batch is None and len(calls) == 6:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return learn(self, *of)
-    LeanPass.learn = full
-    return trainer._run(order, stop, tell)
-
-if __name__ == "__main__":
-    sys.exit(trainer.main(run))
-"""
-
-
-@pytest.mark.cold
 def test_a_training_whose_memory_runs_out_goes_on_in_another_process_from_its_last_step(
-    quick_place: Callable[[str], Workplace], tiny_model: Path, tmp_path: Path
+    cpu_place: Callable[[str], Workplace],
+    tiny_model: Path,
+    warm_start: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The real recipe: what fails is one pass."""
-    place = quick_place(FULL)
+    """The real recipe."""
+    for name, value in {**warm_start, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    forking = next(Path(warm_start[warm.SOCKET]).glob("python-*"))
+    monkeypatch.setattr(sys, "executable", str(forking))
+    place = cpu_place(full_trainer.__name__)
     place.store.cards.see(node_state("box:0", kind="cpu", total=24 * GIB))
     file = write_job(tmp_path, tiny_model)
     asked = load_spec(
