@@ -112,7 +112,7 @@ def report(job_id: int, sentence: str) -> dict[str, Any]:
     return {**value, "versions": {"torch": "2.13"}}
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.long)])
 def lab(
     request: pytest.FixtureRequest, upgraded_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Lab]:
@@ -140,6 +140,7 @@ def refused(done: Result, what: str) -> bool:
     return what in error.sentence
 
 
+@pytest.mark.parametrize("lab", ["folder", "s3"], indirect=True)
 def test_a_result_that_somebody_has_replaced_is_refused_by_every_command(lab: Lab) -> None:
     lab.replace_result(weights_of("another"))
     for line in lab.readers:

@@ -27,7 +27,6 @@ from loractl.common.files import Folder, Unfinished, open_files
 from loractl.common.job.names import parse_reference
 from loractl.common.job.status import Reason
 from loractl.common.settings import Settings, load_settings
-from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint, StoredResult
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Attempt, Event, Job, LogChunk, MetricPoint
@@ -137,11 +136,15 @@ class Lab:
 
 
 @pytest.fixture(params=["embedded", "lab"])
-def lab(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    home = {"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_USER": "ada"}
-    (tmp_path / "home").mkdir(mode=0o700)
+def lab(
+    request: pytest.FixtureRequest, shared_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Lab]:
+    folder = shared_folder / f"home-{os.getpid()}"  # always the same, as the engine that is kept for its database
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    home = {"LORACTL_HOME": str(folder), "LORACTL_USER": "ada"}
     if request.param == "embedded":
-        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "home" / "loractl.db")
+        shutil.copy(request.getfixturevalue("sqlite_template"), folder / "loractl.db")
     else:
         server: services.S3 = request.getfixturevalue("s3_server")
         for name, value in server.environment.items():
@@ -150,12 +153,16 @@ def lab(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
         home["LORACTL_ARTIFACTS_URL"] = f"{server.url}/{tmp_path.name}"
     settings, clock = load_settings(home), Clock()
     clock.now = dt.datetime.now(dt.UTC)
-    engine = (kept_engine if request.param == "lab" else make_engine)(settings.database_url)
+    engine = kept_engine(settings.database_url)
     artifacts = ArtifactStore(settings.artifacts_url)
     yield Lab(settings=settings, store=Store(engine, clock), artifacts=artifacts, clock=clock, folder=tmp_path)
     engine.dispose()
     if request.param == "lab":
         kept.empty()
+
+
+EMBEDDED = pytest.mark.parametrize("lab", ["embedded", pytest.param("lab", marks=pytest.mark.long)], indirect=True)
+"""For tests of what the cleaner decides: other tests send each of its statements to PostgreSQL, and its calls to S3."""
 
 
 def names(found: Iterator[Garbage], *kinds: Kind) -> set[str]:
@@ -187,6 +194,7 @@ def test_what_attempts_left_goes_and_results_and_running_attempts_stay(lab: Lab)
     lab.rows_lead_somewhere()
 
 
+@EMBEDDED
 def test_results_beyond_the_newest_go_only_when_asked_for(lab: Lab) -> None:
     old, newer, other = lab.run(Reason.OK), lab.run(Reason.OK), lab.run(Reason.OK, name="b")
     assert names(lab.cleaner().find(), Kind.RESULT) == set()
@@ -198,7 +206,14 @@ def test_results_beyond_the_newest_go_only_when_asked_for(lab: Lab) -> None:
     lab.rows_lead_somewhere()
 
 
-@pytest.mark.parametrize("removals", range(4))
+@pytest.mark.parametrize(
+    ("lab", "removals"),
+    [
+        *(("embedded", removals) for removals in range(4)),
+        *(pytest.param("lab", removals, marks=[] if removals == 2 else pytest.mark.long) for removals in range(4)),
+    ],
+    indirect=["lab"],
+)
 def test_a_crash_leaves_no_row_that_leads_to_nothing_and_the_next_look_finishes(lab: Lab, removals: int) -> None:
     jobs = [lab.run(Reason.OK) for _ in range(3)]
     lab.run(Reason.DIVERGED)
@@ -280,6 +295,7 @@ def test_data_that_are_submitted_while_others_are_removed_stay(lab: Lab) -> None
     assert names(going, Kind.DATA) == set() and second in lab.held()
 
 
+@EMBEDDED
 def test_a_removed_result_needs_its_data_no_more_and_a_dry_run_says_so(lab: Lab) -> None:
     old = lab.run(Reason.OK)
     name = lab.data("old", old)
@@ -357,6 +373,7 @@ def test_a_job_that_is_retried_after_gc_names_no_checkpoint_that_is_gone(lab: La
     assert isinstance(again, Claim) and again.checkpoint is None
 
 
+@EMBEDDED
 def test_what_a_retry_stores_while_gc_removes_the_old_checkpoint_stays(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,6 +407,7 @@ def test_files_of_jobs_that_the_database_does_not_know_are_named_and_left(lab: L
     assert lab.held() == {"jobs/77/attempt-1"}
 
 
+@EMBEDDED
 def test_log_lines_stay_while_the_stored_log_is_not_the_one_that_its_row_binds(lab: Lab) -> None:
     job_id = lab.run(Reason.OK)
     lab.run(Reason.OK, "b")
@@ -437,6 +455,7 @@ def test_a_job_with_files_in_the_store_keeps_its_row(lab: Lab) -> None:
     assert lab.store.jobs.matching() == [] and lab.held() == set()
 
 
+@EMBEDDED
 def test_a_dry_run_counts_the_jobs_whose_results_would_go_as_well(lab: Lab) -> None:
     old = lab.run(Reason.OK)
     lab.clock.forward(MONTH.total_seconds() + 86400)
