@@ -14,7 +14,8 @@ same of what a user's mean time is of that with an equal share of the lab alone 
 its speed). Lost: the part of the jobs' own time that their stops add.
 
 --lab: the jobs that have ended well in this many days (LORACTL_DATABASE_URL, or the home's database), on the
-cards that it has now, as they were predicted then. So an owner sees what each order would have done.
+cards that it has now, as they were predicted then; next to others they are slower as that was measured. So an owner
+sees what each order would have done.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def print_lab(store: Store, days: float) -> None:
     print(f"{load:4.2f} {'bound':18}{bound(held, cards):12,.0f}")
     for one in (BEFORE, Contender(title="order"), Contender(title="gives way", yields=True)):
         decides = PlacementRule(by_share=one.by_share, yields=one.yields)
-        done = replay(held, cards, first, decides, contention=CONTENTION)
+        done = replay(held, cards, first, decides, contention=None)
         ended = [
             job for job in held if (run := done.runs.get(job.waiting.job_id)) is not None and run.ended is not None
         ]

@@ -17,6 +17,7 @@ from loractl.common.units import GIB
 
 from .card_hours import QuotaMeter
 from .cards import STOP_COST_S, TIME_GROWTH, Card, Occupant, Yields
+from .duration import CONTENTION
 from .lines import ANY_ROOM, Lines, Waiting
 from .preemption import first_stop, next_look
 from .rule import Placement, place
@@ -87,7 +88,7 @@ def replay(
     now: dt.datetime,
     rule: Rule | None = None,
     *,
-    contention: float = 0.0,
+    contention: float | None = 0.0,
     until: Callable[[Mapping[int, ReplayedRun]], bool] | None = None,
     lasts: Callable[[Waiting], float | None] = lambda job: None,
     running: Mapping[int, ReplayedJob] | None = None,
@@ -95,10 +96,10 @@ def replay(
     """Replay from `now` on, with the jobs that the cards have already, until nothing more happens.
 
     `rule`: PlacementRule() without one. `contention`: each of k jobs on a card runs at 1 / (1 + contention (k - 1)) of
-    its speed, its start too; at 0 they don't slow each other, at 1 they take turns. `until`: stop once this holds of
-    the jobs that have started. `lasts`: seconds for a job that only the rule knows; None: it never ends.
-    `running`: jobs that the cards have already, by number, as they wait again once they give way; one that is not among
-    them is not followed after that.
+    its speed, its start too; at 0 they don't slow each other, at 1 they take turns; None: as each card has it. `until`:
+    stop once this holds of the jobs that have started. `lasts`: seconds for a job that only the rule knows; None: it
+    never ends. `running`: jobs that the cards have already, by number, as they wait again once they give way; one that
+    is not among them is not followed after that.
     """
     rule = rule or PlacementRule()
     fleet = ReplayedFleet(cards, now, contention=contention, running=running)
@@ -160,7 +161,7 @@ class ReplayedFleet:
         cards: Sequence[Card],
         now: dt.datetime,
         *,
-        contention: float = 0.0,
+        contention: float | None = 0.0,
         running: Mapping[int, ReplayedJob] | None = None,
     ) -> None:
         self.cards = {card.node: card for card in cards}
@@ -279,7 +280,11 @@ class ReplayedFleet:
 
     def _speed(self, job: _Running) -> float:
         """How fast it runs next to the others on its cards: 1 with cards of its own."""
-        return 1.0 / (1.0 + self._contention * (max(len(self.cards[node].running) for node in job.nodes) - 1))
+        return 1.0 / max(self._slowed(self.cards[node]) for node in job.nodes)
+
+    def _slowed(self, card: Card) -> float:
+        contention = card.contention if self._contention is None else self._contention
+        return 1.0 + (CONTENTION if contention is None else contention) * (len(card.running) - 1)
 
 
 def _rest(asked: ReplayedJob, left: float, trains_s: float, took_s: float, now: dt.datetime) -> ReplayedJob:

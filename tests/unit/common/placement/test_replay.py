@@ -94,6 +94,14 @@ def test_a_job_starts_once_though_one_before_it_in_its_line_waits_for_an_empty_c
     assert done.reserved[-1][1] == 41 * GIB, "both, and job 8"
 
 
+def test_jobs_slow_each_other_as_it_was_measured_on_their_card() -> None:
+    def last(contention: float | None) -> float:
+        card = replace(a_card(), contention=contention)
+        return max(ends(replay([a_job(1, 0, 8, 100), a_job(2, 0, 8, 100)], [card], START, contention=None)).values())
+
+    assert [last(0.0), last(0.2), last(1.0), last(None)] == pytest.approx([100, 120, 200, 150])
+
+
 def test_jobs_on_one_card_slow_each_other_by_the_contention() -> None:
     jobs = [yielding(a_job(1, 0, 20, 100)), yielding(a_job(2, 50, 20, 100))]
     assert ends(replay(jobs, [a_card()], START)) == {1: 100, 2: 150}
