@@ -573,8 +573,8 @@ def test_by_hand_who_submits_cannot_do_more(person: Store, box: Store, lab: Logi
     owner.dispose()
 
 
-def test_by_hand_nobody_changes_their_own_result(person: Store, box: Store, lab: Logins, postgres_url: str) -> None:
-    owner, engine = make_engine(postgres_url), make_engine(lab.person)
+def test_by_hand_nobody_changes_their_own_result(person: Store, box: Store, lab: Logins, owner_url: str) -> None:
+    owner, engine = make_engine(owner_url), make_engine(lab.person)
     job_id = person.jobs.submit(submission())
     claim = take(box)
     assert isinstance(claim, Claim)
