@@ -48,6 +48,9 @@ _BEHIND_LINE = "lines.queue_key || '~'"
 """Comes after a line's key and before the next one; after the key itself SQLite would walk through the line's jobs."""
 
 
+_OF_LINE = 'job_id, "user", queue_key, work_left_s, submitted_at'
+
+
 def lines_of(condition: str, past: str = _BEHIND_LINE, *, lateral: bool = False) -> str:
     """A table `lines`: the first job of each line for which the condition holds. From each line it goes straight to the
     next whose key comes after `past`, over any number of jobs between them; from the last that is read of a user to the
@@ -55,10 +58,9 @@ def lines_of(condition: str, past: str = _BEHIND_LINE, *, lateral: bool = False)
     following = (
         f'{condition} AND ("user", queue_key) > (lines."user", CASE WHEN nth < :most THEN {past} ELSE \'~\' END)'
     )
-    return f"""WITH RECURSIVE lines(job_id, "user", queue_key, work_left_s, submitted_at, nth) AS (
+    return f"""WITH RECURSIVE lines({_OF_LINE}, nth) AS (
   SELECT * FROM (
-    SELECT job_id, "user", queue_key, work_left_s, submitted_at, 1 FROM jobs WHERE {condition}
-    ORDER BY "user", queue_key, {IN_LINE} LIMIT 1
+    SELECT {_OF_LINE}, 1 FROM jobs WHERE {condition} ORDER BY "user", queue_key, {IN_LINE} LIMIT 1
   ) AS head
   UNION ALL
   SELECT one.job_id, one."user", one.queue_key, one.work_left_s, one.submitted_at,
@@ -71,23 +73,22 @@ def _first_of(condition: str, order: str, lateral: bool) -> str:
     """Joins with `lines` the first job, `one`, for which the condition holds. SQLite has no LATERAL, and looks each of
     them up once more by its number."""
     if lateral:
-        return f"CROSS JOIN LATERAL (SELECT * FROM jobs WHERE {condition} ORDER BY {order} LIMIT 1) AS one"  # noqa: S608
+        return f"CROSS JOIN LATERAL (SELECT {_OF_LINE} FROM jobs WHERE {condition} ORDER BY {order} LIMIT 1) AS one"  # noqa: S608
     return f"JOIN jobs AS one ON one.job_id = (SELECT job_id FROM jobs WHERE {condition} ORDER BY {order} LIMIT 1)"  # noqa: S608
 
 
 def _firsts(past: str, chosen: str) -> dict[str, TextualSelect]:
     """Of each line the first job and, where that is another one, the oldest; by database. `chosen`: those of them that
     are read."""
-    alike = f'{READY} AND "user" = lines."user" AND queue_key = lines.queue_key'
+    older = f'{READY} AND "user" = lines."user" AND queue_key = lines.queue_key AND job_id < lines.job_id'
     made = dict[str, TextualSelect]()
     for dialect in ("sqlite", "postgresql"):
         lateral = dialect == "postgresql"
         rows = text(f"""{lines_of(READY, past, lateral=lateral)}
-SELECT job_id, "user", queue_key, work_left_s, submitted_at, nth FROM lines WHERE {chosen.format("lines")}
+SELECT {_OF_LINE}, nth FROM lines WHERE {chosen.format("lines")}
 UNION ALL
 SELECT one.job_id, one."user", one.queue_key, one.work_left_s, one.submitted_at, nth
-FROM lines {_first_of(alike, "job_id", lateral)}
-WHERE one.job_id <> lines.job_id AND {chosen.format("one")}""")  # noqa: S608  no input
+FROM lines {_first_of(older, "job_id", lateral)} WHERE {chosen.format("one")}""")  # noqa: S608  no input
         made[dialect] = rows.bindparams(bindparam("now", type_=UtcDateTime())).columns(submitted_at=UtcDateTime())
     return made
 
