@@ -88,7 +88,7 @@ def test_rows_are_as_long_as_they_are_said_to_be(mixed: bool, tmp_path: Path) ->
     assert all(sum(label >= 0 for label in row.labels) > 0.5 * len(row.labels) for row in course.train)
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("qlora", marks=pytest.mark.long)])
 def test_the_engine_and_the_trainer_learn_the_same_rows_alike(method: str, tmp_path: Path) -> None:
     rig = workshop_rig(tmp_path)
     model, rows = str(rig.workshop.model(NARROW)), str(rig.rows(16, 128))
