@@ -39,10 +39,10 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def until_shown(pid: int) -> psutil.Process:
-    """A process once others can see its command and its environment: while it becomes another program, the kernel shows
-    neither, and `Popen` may return before that is over."""
+    """A process once others can see its environment: while it becomes another program, the kernel shows none, and
+    `Popen` may return before that is over."""
     process, deadline = psutil.Process(pid), time.monotonic() + 20
-    while not (process.cmdline() and process.environ()):
+    while not process.environ():
         assert is_alive(process) and time.monotonic() < deadline
         time.sleep(0.001)
     return process

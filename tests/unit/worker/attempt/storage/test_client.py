@@ -22,7 +22,7 @@ from loractl.common.artifacts import ArtifactStore, Binding, manifest_sha256
 from loractl.common.errors import ArtifactError, ServiceUnreachable
 from loractl.worker.attempt.storage.client import CallWatch, StoreClient
 
-from .....waiting import is_alive, until_shown
+from .....waiting import is_alive
 
 
 @pytest.fixture
@@ -50,7 +50,9 @@ def processes() -> list[psutil.Process]:
 
 def _command(process: psutil.Process) -> list[str]:
     try:
-        return until_shown(process.pid).cmdline() if is_alive(process) else []
+        while not (command := process.cmdline()) and is_alive(process):
+            time.sleep(0.001)  # while it becomes another program, it shows none
+        return command
     except psutil.Error:  # it ends at this moment
         return []
 
