@@ -330,7 +330,7 @@ FIELD = re.compile(r"^    (\w+)(?:: ([^=\n]+?))?(?: = (.+?))?(?:  # (.*))?$", re
 
 
 def fields_of(value: type) -> Iterator[str]:
-    """Rows of a value's fields, or of an enum's members; those of which the code says nothing share one."""
+    """The table rows of a value's fields or an enum's members. Those without a comment share one row."""
     silent = []
     for name, kind, default, meaning in FIELD.findall(inspect.getsource(value)):
         code = cell(f"`{name}: {kind}`" if kind else f"`{default}`")

@@ -196,8 +196,8 @@ class ShownCard:
 
 @dataclass
 class HeldLab:
-    """A database, and the boxes that a test starts; each ends with it. Seconds are those of the clock. All use one
-    engine, commands too: each other one would compile all statements anew."""
+    """A database, and the boxes that a test starts; each ends with it. Seconds are those of the clock. Boxes and
+    commands share one engine, since each new one would compile every statement again."""
 
     home: Path
     folder: Path

@@ -321,7 +321,7 @@ def _sooner_alone(found: Placement, fleet: _Fleet) -> str | None:
     """The card that will be empty first, if by then the job has waited for less than sharing a card costs it.
 
     Both sides of the comparison stay the same while time passes, so a round that stops jobs for this one agrees with
-    the claim after it. The wait for an empty card is at most contention * (jobs beside it) * (the job's seconds left).
+    the claim after it. The job waits at most contention * (jobs beside it) * (its seconds left) for an empty card.
     """
     job, shared = found.job, fleet.cards[found.node]
     contention = CONTENTION if shared.contention is None else shared.contention

@@ -40,7 +40,7 @@ MONTH = dt.timedelta(days=30)
 
 
 class BreaksOff(ArtifactStore):
-    """A store that goes away after so many removals. `late`: once it has done the next one, whose answer is lost."""
+    """A store that goes away after so many removals. `late`: it does the next one, too, but the answer is lost."""
 
     left, late = 0, False
 
