@@ -107,10 +107,11 @@ def quick_place(
 _trained = itertools.count()
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    """The cache of a box: of each test another one. A module whose tests need none that is empty has one for all."""
-    return tmp_path / "cache"
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of a box: one for all tests of a module, so that each base is measured and each way of putting rows
+    behind each other is tried once. A module that is about this has an empty one for each test."""
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture

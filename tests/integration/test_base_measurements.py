@@ -60,6 +60,12 @@ class Box:
 
 
 @pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """An empty one for each test, which are about what it keeps."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def box(start: Callable[..., Start], cache: Path) -> Box:
     return Box(start, cache)
 

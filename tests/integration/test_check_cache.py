@@ -21,6 +21,12 @@ WEIGHTS = Path("result") / "adapter" / "adapter_model.safetensors"
 
 
 @pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """An empty one for each test, which are about what it keeps."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def tiny_model(tiny_model: Path, tmp_path: Path) -> Path:
     """A copy: these tests change its files, and the whole run shares the first."""
     return shutil.copytree(tiny_model, tmp_path / "base" / "tiny")

@@ -36,8 +36,11 @@ from ..unit.factories import another_person
 
 # in a process of its own: the clients read the hub's address and their cache's place once
 LOAD = """
-import json, os, sys
+import gc, json, os, sys
+import datasets, transformers.models.llama.modeling_llama  # once for all who answer
 from tests.integration.test_hub import answer
+
+gc.disable()
 
 for line in sys.stdin:
     if not (child := os.fork()):  # each line is answered as by a new process
