@@ -191,11 +191,15 @@ class Without:
 
 
 def in_turn(
-    queue: Queue, firsts: Iterable[Waiting], rank: Callable[[Waiting], Any], goes_on: Callable[[Waiting], bool]
+    queue: Queue,
+    firsts: Iterable[Waiting],
+    rank: Callable[[Waiting], Any],
+    goes_on: Callable[[Waiting], bool],
+    is_hopeless: Callable[[Waiting], bool] = lambda job: False,
 ) -> Iterator[Waiting]:
     """The jobs by rank, each once. Of a line the next one is read if `goes_on` says so of the one before.
 
-    The rank of a job may grow meanwhile; it differs between jobs.
+    The rank of a job may grow meanwhile; it differs between jobs. A line whose next job `is_hopeless` is left out.
     """
     met = set[int]()
     heads: list[tuple[Any, Waiting]] = []
@@ -211,6 +215,8 @@ def in_turn(
         join(job)
     while heads:
         was, job = heapq.heappop(heads)
+        if is_hopeless(job):
+            continue
         if was < (now := rank(job)):
             heapq.heappush(heads, (now, job))
             continue

@@ -110,6 +110,9 @@ class _Fleet:
     awaited: set[int] = field(init=False)
     """Jobs for which running jobs were asked to stop: for nothing if others took their other room."""
     rooms: dict[str, int] = field(init=False)  # bytes that a job may take now, beside what is kept; of cards with room
+    most_room: int = field(init=False)  # on one of them
+    is_full: bool = field(init=False)
+    """Whether no job can start any more. A processor leaves to GPUs what the largest could hold."""
 
     def __post_init__(self) -> None:
         usable = [c for c in self.cards.values() if c.open]
@@ -122,6 +125,8 @@ class _Fleet:
     def _look(self) -> None:
         self.__dict__.pop("emptying", None)
         self.rooms = {node: room for node, card in self.cards.items() if (room := self._room(card)) > 0}
+        self.most_room = max(self.rooms.values(), default=0)
+        self.is_full = not any(r > self.largest or not self.cards[node].processor for node, r in self.rooms.items())
 
     def _room(self, card: Card) -> int:
         room = 0 if card.node in self.promised else card.room
@@ -136,14 +141,9 @@ class _Fleet:
         empty = ((_until_empty_s(card, self.now), card.capacity, node) for node, card in self.cards.items())
         return sorted(one for one in empty if one[0] < math.inf)
 
-    @property
-    def most_room(self) -> int:
-        return max(self.rooms.values())
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no job can start any more. A processor leaves to GPUs what the largest could hold."""
-        return not any(room > self.largest or not self.cards[node].processor for node, room in self.rooms.items())
+    def is_hopeless(self, job: Waiting) -> bool:
+        """Whether no card has room for the job, and none would be kept for it."""
+        return self.kept is not None and job.bound is not None and job.bound > self.most_room
 
     def takes(self, card: Card, job: Waiting) -> bool:
         """Whether the job may run there at all, see `cards.takes`."""
@@ -215,7 +215,7 @@ def _try_in_turn(
 ) -> Iterator[Decision]:
     """Try the first job of each line, and the next of a line once the one before has started or has a card kept until
     it is empty: room only shrinks here, so where a job can't start, the rest of its line can't either."""
-    for job in in_turn(queue, firsts, turn, lambda job: job.job_id in fleet.settled):
+    for job in in_turn(queue, firsts, turn, lambda job: job.job_id in fleet.settled, fleet.is_hopeless):
         if fleet.is_full:
             return
         if job.job_id not in fleet.tried and not fleet.at_limit(job.user):
