@@ -84,7 +84,8 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
     In a container the mount shows a part of the hierarchy, and the group may be outside of it.
     """
-    paths = dict(_membership(line) for line in _lines(root / "proc/self/cgroup"))
+    # each line: the hierarchy, its controllers (none in version 2), the group
+    paths = {names: path for _, names, path in (line.split(":", 2) for line in _lines(root / "proc/self/cgroup"))}
     for line in _lines(root / "proc/self/mountinfo"):
         about, _, kind = line.partition(" - ")
         top, point = about.split()[3:5]
@@ -101,12 +102,6 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
         inside = Path(path).is_relative_to(top) and ".." not in path
         below = Path(path).relative_to(top) if inside else Path()
         yield from (mounted / part for part in (below, *below.parents))
-
-
-def _membership(line: str) -> tuple[str, str]:
-    """A line of /proc/PID/cgroup: the controllers (none in version 2) and the group."""
-    _, names, path = line.split(":", 2)
-    return names, path
 
 
 def _quota(group: Path) -> float | None:

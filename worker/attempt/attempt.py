@@ -247,7 +247,10 @@ class SupervisedAttempt:
         self.heard.take(message)
         self.paced.take(message, self.heard.at)
         self.unwritten.take(message)
-        self._show(message)
+        if isinstance(message, Stepped):
+            self._show_step(message)
+        elif isinstance(message, Note) and message.kind != "saved":  # as often as the job file says
+            log.info("job %s: %s", message.job_id, message.text)
 
     def beaten(self, beat: Beat) -> None:
         """Take a beat's answer: what was pending is written, if it was recorded."""
@@ -295,13 +298,6 @@ class SupervisedAttempt:
         code: it can blame no card that the attempt does not have."""
         card = None if self.heard.ended is None or self.own.forced is not None else self.heard.ended.card
         return card if any(share.node == card for share in self.claim.shares) else None
-
-    def _show(self, message: Told) -> None:
-        """Print it on the worker's terminal."""
-        if isinstance(message, Stepped):
-            self._show_step(message)
-        elif isinstance(message, Note) and message.kind != "saved":  # as often as the job file says
-            log.info("job %s: %s", message.job_id, message.text)
 
     def _show_step(self, message: Stepped) -> None:
         now, last = self.clock.now(), message.step >= message.total_steps

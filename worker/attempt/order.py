@@ -83,14 +83,9 @@ def require_space(folder: Path, needed: int) -> None:
     """Raises OSError (ENOSPC) with a sentence if the disk of `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        sentence = f"needs {needed / GIB:.1f} GiB on {_disk(folder)}, {free / GIB:.1f} are free"
-        raise OSError(errno.ENOSPC, sentence)
-
-
-def _disk(folder: Path) -> Path:
-    """The mount point of the folder's file system, where a person must free space."""
-    resolved = folder.resolve()
-    return next(path for path in (resolved, *resolved.parents) if path.is_mount())
+        resolved = folder.resolve()
+        disk = next(path for path in (resolved, *resolved.parents) if path.is_mount())  # where a person must free space
+        raise OSError(errno.ENOSPC, f"needs {needed / GIB:.1f} GiB on {disk}, {free / GIB:.1f} are free")
 
 
 log = logging.getLogger("loractl.worker")

@@ -114,11 +114,11 @@ def clean(place: Workplace, attempt: SupervisedAttempt, status: Status | None) -
     job_id = attempt.claim.job_id
     if status is not None and status.is_terminal:
         try:
-            over = _is_over(place, attempt)
+            job = place.store.jobs.get(job_id)  # its current row: a person may have queued it again
         except (DatabaseError, LoractlError) as error:
             log.warning("job %s: its files stay for loractl gc: %s", job_id, error)
             return
-        if over:
+        if job.status.is_terminal and job.reason not in KEEPING:
             _remove(place, attempt)
             return
     for name in ("keeping", BEGUN_FROM):
@@ -161,12 +161,6 @@ def _below(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except FileNotFoundError:
         return []
-
-
-def _is_over(place: Workplace, attempt: SupervisedAttempt) -> bool:
-    """Whether the job no longer needs its files, by its current row: a person may have queued it again."""
-    job = place.store.jobs.get(attempt.claim.job_id)
-    return job.status.is_terminal and job.reason not in KEEPING
 
 
 def _remove(place: Workplace, attempt: SupervisedAttempt) -> None:

@@ -76,8 +76,10 @@ def test(device: Literal["cuda", "cpu"], gpu: str) -> SelfTestReport:
         _run_nf4(device)
         _step_in_8_bit(device)
         fault = None
-        if device == "cuda":
-            _weigh_context(found, gpu)
+        if device == "cuda":  # the process's memory: placement keeps free what a context takes beyond a plan
+            found["process"] = size = nvml_process(gpu).bytes
+            if size is not None:
+                found["context_after"] = size - torch.cuda.memory_reserved()
     except Exception as error:  # noqa: BLE001  whatever it is, the card can't train, and its owner must read why
         fault = _in_words(error, {**facts, **found})
     return SelfTestReport(fault=fault, seconds=round(time.monotonic() - began, 1), **facts, **found)
@@ -96,13 +98,6 @@ def _start_context(found: dict[str, Any], gpu: str) -> None:
     found["sees_us"] = seen.listed
     if seen.bytes is not None:
         found["context"] = seen.bytes - torch.cuda.memory_reserved()
-
-
-def _weigh_context(found: dict[str, Any], gpu: str) -> None:
-    """The process's memory: placement keeps free what a context takes beyond a plan."""
-    found["process"] = size = nvml_process(gpu).bytes
-    if size is not None:
-        found["context_after"] = size - torch.cuda.memory_reserved()
 
 
 def _driver() -> str | None:

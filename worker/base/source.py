@@ -175,10 +175,7 @@ content may still be: a link or a permission changes a file's times."""
 
 def traits_of(base_model: str, revision: str | None) -> Traits:
     """The traits of a base's files, which change when the files do. Raises OSError."""
-    return _traits(Path(base_model) if Path(base_model).is_absolute() else pin(base_model, revision).folder)
-
-
-def _traits(folder: Path) -> Traits:
+    folder = Path(base_model) if Path(base_model).is_absolute() else pin(base_model, revision).folder
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
     facts, where = [(path.name, path.stat()) for path in files], str(folder.resolve())
     return frozenset((where, name, f.st_size, f.st_mtime_ns, f.st_ctime_ns, f.st_ino) for name, f in facts)
@@ -215,10 +212,8 @@ class BaseIdentity:
             meanwhile()
         if self._error is not None:
             raise self._error
-        return {"commit": self._commit, "sha256": digest(self._files), "files": self._files, **self._terms()}
-
-    def _terms(self) -> dict[str, bool]:
-        return {} if may_be_published(str(self._folder)) else {"publish": False}
+        terms = {} if may_be_published(str(self._folder)) else {"publish": False}
+        return {"commit": self._commit, "sha256": digest(self._files), "files": self._files, **terms}
 
     def _hash(self) -> None:
         try:

@@ -207,7 +207,9 @@ def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str, str] | 
             else "\n".join(f"{t.role}: {t.said}" for t in example.turns[:last])
         )
         turn = example.turns[last]
-        expected = _expected(example, last, tokenizer) if turn.thought or turn.calls else turn.content
+        expected = turn.content  # what a model writes that has learned the answer, up to its end
+        if turn.thought or turn.calls:
+            expected = _answer(example, last, tokenizer)[1].removesuffix(tokenizer.eos_token).strip()
         return tokenizer(rendered, add_special_tokens=False).input_ids, shown, expected
     if example.prompt:
         return (
@@ -226,11 +228,6 @@ def rendered(example: Example, tokenizer: Any) -> str:
 def rendered_answers(example: Example, tokenizer: Any) -> list[str]:
     """Each answer as its own row has it. Raises ValueError."""
     return [_answer(example, place, tokenizer)[1] for place in example.answers]
-
-
-def _expected(example: Example, place: int, tokenizer: Any) -> str:
-    """What a model writes that has learned the answer, up to its end."""
-    return _answer(example, place, tokenizer)[1].removesuffix(tokenizer.eos_token).strip()
 
 
 def _refuse_without_tools(example: Example, tokenizer: Any) -> None:

@@ -175,11 +175,13 @@ class Watch:
         told = {pid: attempt.job for attempt in own for pid in attempt.pids}
         told |= {pid: job for pid, (job, _) in trainers.items()}
         neighbours = self._neighbours(seen, told)
-        self._keep(told | neighbours, seen)
+        # our processes are known while they run or the driver lists them: after that, a PID may be reused
+        listed = seen.processes or ()
+        pids = {process.pid for process in listed}
+        self._ours = {pid: job for pid, job in self._ours.items() if pid in pids} | told | neighbours
         if self.device.kind == "cpu":
             return self._account(seen, _sums(trainers.values()), [])
         if self._is_told_by_process(seen, trainers):
-            listed = seen.processes or ()
             mine = [(self._ours[p.pid], p.bytes or 0) for p in listed if p.pid in self._ours]
             running = bool(trainers or neighbours)
             return self._account(seen, _sums(mine), [p for p in listed if p.pid not in self._ours], running)
@@ -191,12 +193,12 @@ class Watch:
         if self.home is None:
             return {}
         listed = {process.pid for process in seen.processes or ()} - set(known) - self._ours.keys()
-        return {pid: job for pid in listed if (job := _job_of_home(pid, self.home)) is not None}
-
-    def _keep(self, ours: Mapping[int, str], seen: Snapshot) -> None:
-        """Remember our processes while they run or the driver lists them: after that, a PID may be reused."""
-        listed = {process.pid for process in seen.processes or ()}
-        self._ours = {pid: job for pid, job in self._ours.items() if pid in listed} | dict(ours)
+        found, ours = {pid: _environment(pid) for pid in listed}, f"{self.home}:"  # how a card_mark of this home begins
+        return {
+            pid: own[JOB_VARIABLE]
+            for pid, own in found.items()
+            if own.get(CARD_VARIABLE, "").startswith(ours) and JOB_VARIABLE in own
+        }
 
     def _is_told_by_process(self, seen: Snapshot, trainers: Mapping[int, Any]) -> bool:
         """Whether the driver says how many bytes our processes hold.
@@ -279,12 +281,13 @@ def card_mark(settings: Settings, node: str) -> str:
 def runs_of(card: str, variable: str = CARD_VARIABLE) -> set[str]:
     """The marks of all attempts with a process on this card, started by the card's own node, or with RANK_VARIABLE by
     another node."""
-    return {mark for p in psutil.process_iter() if (mark := _mark_on(p, card, variable)) is not None}
+    environments = map(_environment, psutil.pids())
+    return {own[RUN_VARIABLE] for own in environments if own.get(variable) == card and RUN_VARIABLE in own}
 
 
 def end_leftovers(run: str) -> list[int]:
     """Kill all that an attempt started and left behind, even outside its session; returns what is still there."""
-    left = [p for p in psutil.process_iter() if _runs_for(p, run)]
+    left = [process for process in psutil.process_iter() if _environment(process.pid).get(RUN_VARIABLE) == run]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -292,30 +295,12 @@ def end_leftovers(run: str) -> list[int]:
     return [process.pid for process in alive]
 
 
-def _runs_for(process: psutil.Process, run: str) -> bool:
+def _environment(pid: int) -> dict[str, str]:
+    """Empty for a zombie, and for a process that has ended or may not be read."""
     try:
-        mine = process.status() != psutil.STATUS_ZOMBIE and process.environ().get(RUN_VARIABLE) == run
+        return psutil.Process(pid).environ()
     except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-        return False
-    return mine
-
-
-def _mark_on(process: psutil.Process, card: str, variable: str) -> str | None:
-    try:
-        environment = process.environ()
-    except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-        return None
-    return environment.get(RUN_VARIABLE) if environment.get(variable) == card else None
-
-
-def _job_of_home(pid: int, home: Path) -> str | None:
-    """The job of a process that some node of this home started; None for any other process."""
-    try:
-        environment = psutil.Process(pid).environ()
-    except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
-        return None
-    ours = environment.get(CARD_VARIABLE, "").startswith(f"{home}:")
-    return environment.get(JOB_VARIABLE) if ours else None
+        return {}
 
 
 def _trainers(node_pid: int) -> dict[int, tuple[str, int]]:

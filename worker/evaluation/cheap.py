@@ -187,7 +187,10 @@ class Shots:
 
         With as many examples as fit into the context for half of the rows; without any if not even one does.
         """
-        learned = {number: _learned(some) for number, some in itertools.groupby(rows, key=lambda row: row.number)}
+        learned = {
+            number: [label for row in some for label in row.labels if label != IGNORED]
+            for number, some in itertools.groupby(rows, key=lambda row: row.number)
+        }
         chosen, measured = _chosen(train), held_out[:MOST_ROWS]
         room = min(most or LONGEST_CONTEXT, min(SHOTS + 1, batch) * longest)
         for count in range(min(SHOTS, len(chosen)), 0, -1):
@@ -280,10 +283,6 @@ def _shown(example: Example, chosen: Sequence[Example], format: DataFormat) -> E
         return replace(example, turns=(*system, *before, *example.turns[len(system) :]))
     begin = "".join(f"{shot.text}\n\n" for shot in chosen)
     return replace(example, prompt=begin + example.prompt, text=begin + example.text)
-
-
-def _learned(rows: Any) -> list[int]:
-    return [label for row in rows for label in row.labels if label != IGNORED]
 
 
 def _rows(example: Example, learned: Sequence[int], format: DataFormat, tokenizer: Any) -> list[TokenRow]:

@@ -48,7 +48,9 @@ def evaluate_classifier(
         in_own_thread(partial(measuring, learner, work))
 
     logits = classify(model, pad, rows, batch, counter(len(rows), check_stop, progress), run)
-    expected, shares = _places(rows), _shares(data)
+    expected: Array = np.array([row.label for row in rows], dtype=np.int64)
+    counts = np.bincount(data.train.rows.class_labels, minlength=len(data.label_names))
+    shares: Array = counts / counts.sum()  # of the training rows; none is zero
     majority = int(shares.argmax())
     losses = -np.log(shares)[expected], row_losses(logits, expected)
     labels = Labels(
@@ -109,13 +111,3 @@ def row_losses(logits: Array, expected: Array) -> Array:
     top = logits.max(1, keepdims=True)
     whole = top[:, 0] + np.log(np.exp(logits - top).sum(1))
     return np.asarray(whole - logits[np.arange(len(expected)), expected])
-
-
-def _places(rows: Sequence[TokenRow]) -> Array:
-    return np.array([row.label for row in rows], dtype=np.int64)
-
-
-def _shares(data: PreparedData) -> Array:
-    """Each label's share of the training rows; none is zero."""
-    counts = np.bincount(data.train.rows.class_labels, minlength=len(data.label_names))
-    return np.asarray(counts / counts.sum())

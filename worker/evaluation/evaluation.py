@@ -80,7 +80,8 @@ def evaluate(
     """
     began = time.monotonic()
     work = Work.of(data, spec, learner.tokenizer, positions_of(learner.model))
-    work = work.with_shots(data, spec, learner.tokenizer, _context(learner.model))
+    made_for = getattr(learner.model.config.get_text_config(), "max_position_embeddings", None)  # tokens
+    work = work.with_shots(data, spec, learner.tokenizer, positions_of(learner.model) or made_for)
     base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept)
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = _labels(work, base, tuned) if work.labelled else None
@@ -326,11 +327,6 @@ def _measure(
 
 def _in_modes(learner: Learner, piece: Callable[[], None], *, base: bool) -> None:
     in_own_thread(partial(measuring, learner, piece, base=base))
-
-
-def _context(model: Any) -> int | None:
-    """The tokens that a model was made for."""
-    return positions_of(model) or getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _question(learner: Learner, work: Work, spec: JobSpec) -> str:

@@ -251,7 +251,9 @@ class ForkServer:
         """Drop a server that died or hangs; start one when it is time."""
         server = self._server
         if server is not None:
-            self._note_ready(server)
+            if not server.ready and server.is_ready():
+                server.ready = True
+                log.info("the fork server is ready, process %s", server.process.pid)
             if (why := self._fault(server)) is not None:
                 self._drop(server, why)
         while not self._dropped.empty():
@@ -296,11 +298,6 @@ class ForkServer:
             self._end(server)
             raise
         self._server = server
-
-    def _note_ready(self, server: ServerProcess) -> None:
-        if not server.ready and server.is_ready():
-            server.ready = True
-            log.info("the fork server is ready, process %s", server.process.pid)
 
     def _drop(self, server: ServerProcess, why: str) -> None:
         """Use it no more; the node's own thread ends it."""

@@ -175,8 +175,9 @@ class Monitor:
         self.report()
         self._obey_drain(slots)
         if self._pass_on:
-            self._pass_on = False
-            self._wake_others()
+            self._pass_on = False  # a message that no slot here could use goes on, by the rule that claims use
+            given = {d.placed.node for d in self._place.store.cards.fleet().decisions if d.placed is not None}
+            self._place.wake_others(given - {self._place.node})
 
     def _obey_drain(self, slots: Slots) -> None:
         """Follow drains. An order to drain at once gives running jobs back after a checkpoint, until it is lifted.
@@ -194,11 +195,6 @@ class Monitor:
             wanted = [f"{card} is drained by {o.user}: {o.reason}" for card, o in asked if o is not None and o.now]
             attempt.wishes.card_drained = wanted[0] if wanted else None
         place.drain.order(at_once)  # supervisors see it from here on, so the wishes above must say whose order it is
-
-    def _wake_others(self) -> None:
-        """Pass on a message that no slot here could use, by the rule that claims use."""
-        given = {d.placed.node for d in self._place.store.cards.fleet().decisions if d.placed is not None}
-        self._place.wake_others(given - {self._place.node})
 
     def _go_round(self, slots: Slots) -> None:
         """Look for jobs whose message was lost, or came while they did not fit."""

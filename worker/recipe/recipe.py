@@ -63,7 +63,9 @@ def train(run: Run) -> Ended:
     set_seed(run.spec.training.seed)
     tokenizer = load_tokenizer(run.spec.base_model, run.spec.revision, run_code=order.run_code)
     tokenizer = templated(tokenizer, run.spec.dataset.template)
-    data = _prepared(run, tokenizer)
+    run.say("reads the rows, and turns them into tokens")
+    data = prepare_rows(order, run.spec, tokenizer)
+    _note_data(run, data)
     tasks = find_tasks(run.spec, order.lm_eval_tasks)  # they are other people's programs, and may draw
     tell_need(run, data)
     run.check_stop()
@@ -79,7 +81,9 @@ def train(run: Run) -> Ended:
     arguments = fit(run, learner, steps, data, callbacks)
 
     # 4. Keep the adapter before anything else can fail.
-    _require_trained(learner.model, fresh)
+    if _marks(learner.model) == fresh:
+        what = "the training has changed no weight: each of its steps had learning rate 0, or no gradient"
+        raise TrainingFailed(Reason.NOT_TRAINED, what)
     _keep(run, learner, tokenizer, callbacks)
     (out / "job.json").write_text(json.dumps(_resolved(run, arguments), indent=1), "utf-8")
 
@@ -106,15 +110,6 @@ def train(run: Run) -> Ended:
 def longest_row(data: PreparedData) -> int:
     lengths = lengths_of(data)
     return max(lengths.train, lengths.evaluate)
-
-
-def _prepared(run: Run, tokenizer: Any) -> PreparedData:
-    """The data, tokenised and packed as the job asks; reports what the history should know about them. Raises
-    DataError."""
-    run.say("reads the rows, and turns them into tokens")
-    data = prepare_rows(run.order, run.spec, tokenizer)
-    _note_data(run, data)
-    return data
 
 
 def _note_data(run: Run, data: PreparedData) -> None:
@@ -233,13 +228,6 @@ def _marks(model: Any) -> list[tuple[float, float]]:
     trained = (parameter.detach() for parameter in model.parameters() if parameter.requires_grad)
     parts = (part.double() for weights in trained for part in weights.reshape(-1).split(_AT_ONCE))
     return [(float(part.sum()), float(part.norm())) for part in parts]
-
-
-def _require_trained(model: Any, fresh: list[tuple[float, float]]) -> None:
-    """Raises TrainingFailed if no trained weight differs from the one with which the training began."""
-    if _marks(model) == fresh:
-        what = "the training has changed no weight: each of its steps had learning rate 0, or no gradient"
-        raise TrainingFailed(Reason.NOT_TRAINED, what)
 
 
 def check_finite(model: Any) -> None:

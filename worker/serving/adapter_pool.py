@@ -219,6 +219,7 @@ class AdapterPool:
 
     def _put_on(self, key: str, folder: Path, config: Any) -> None:
         from peft import PeftModel
+        from peft.tuners.lora import LoraLayer
 
         if self._loaded:
             self._model.load_adapter(str(folder), adapter_name=key, is_trainable=False)
@@ -227,7 +228,8 @@ class AdapterPool:
         self._model.eval()
         if self.base.method is Method.QLORA:
             keep_nf4_in_training_mode(self._model)
-        self._layers[key] = [layer for layer in _adapted_layers(self._model) if _holds(layer, key)]
+        adapted = [layer for layer in self._model.modules() if isinstance(layer, LoraLayer)]
+        self._layers[key] = [layer for layer in adapted if key in layer.lora_A or key in layer.lora_embedding_A]
 
     def _take_off(self, key: str) -> None:
         """Clean up after a load that failed half-way: peft leaves its layers in the base when it is the first."""
@@ -329,16 +331,6 @@ def warn_of_arithmetic(pool: AdapterPool, adapters: Sequence[Listed], warn: Call
 
 def _name_rows(keys: Sequence[str], layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return args, {**kwargs, "adapter_names": list(keys)}
-
-
-def _adapted_layers(model: Any) -> Iterator[Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return (module for module in model.modules() if isinstance(module, LoraLayer))
-
-
-def _holds(layer: Any, key: str) -> bool:
-    return any(key in getattr(layer, name) for name in ("lora_A", "lora_embedding_A"))
 
 
 def _strip(model: Any) -> None:

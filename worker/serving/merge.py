@@ -31,7 +31,8 @@ PROMPTS = (
     "def mean(values):\n    return",
     "7 + 5 * 2 =",
 )
-"""Prompts on which base and adapter are compared before and after the merge, besides the job's own kind of prompt."""
+QUESTION = "Can you help me with this?"
+"""On these, and on the question as one of the job's own prompts, base and adapter are compared around the merge."""
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, in fp32: W + scale B A is summed once instead of at every token. 4e-5 is usual."""
@@ -130,7 +131,8 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str, say: 
     exact = Precision(base=torch.float32, amp=None)
     say(f"loads {spec.base_model} in float32")
     base = load_base(spec.base_model, Method.LORA, "cpu", exact, revision, run_code=run_code)
-    prompts = [tokenizer(text).input_ids for text in PROMPTS] + _own_prompts(library, listed, tokenizer)
+    prompts = [tokenizer(text).input_ids for text in PROMPTS]
+    prompts.append(prompt_for(library.format(listed), [{"role": "user", "content": QUESTION}], tokenizer))
     # named: else peft reads the adapter onto the box's first card, whose memory is its jobs'
     tuned = PeftModel.from_pretrained(base, str(files), torch_device="cpu").eval()
     say(f"measures the adapter's logits on {len(prompts)} prompts")
@@ -141,8 +143,11 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str, say: 
     if changed := library.changed_base(listed):
         what = f"the base here is not the one that {listed.name} was trained on: {', '.join(changed)} differ"
         raise MergeFailed(what, "get the base of that time, or train again")
-    difference = _apart(before, after)
-    _check_same(difference)
+    if not (difference := _apart(before, after)) <= TOLERANCE:
+        raise MergeFailed(
+            f"the merged model differs from base and adapter by {difference:.2e} in a logit, {TOLERANCE:g} is allowed",
+            "use base and adapter as they are: loractl adapters pull",
+        )
     say(f"writes the model in {dtype}")
     merged.to(getattr(torch, dtype)).save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
@@ -160,14 +165,13 @@ def merge_into(folder: Path, library: Library, listed: Listed, dtype: str, say: 
         stored_difference=_apart(before, as_stored),
         stored_agreement=same / tokens,
     )
-    _check_stored(proof, dtype)
+    if not math.isfinite(proof.stored_difference) or proof.stored_agreement < LEAST_AGREEMENT:
+        raise MergeFailed(
+            f"stored in {dtype} the model says the same for {100 * proof.stored_agreement:.0f} % of the tokens only",
+            "try --dtype float32",
+        )
     _describe(folder, listed, dtype, proof)
     return proof
-
-
-def _own_prompts(library: Library, listed: Listed, tokenizer: Any) -> list[list[int]]:
-    question = [{"role": "user", "content": "Can you help me with this?"}]
-    return [prompt_for(library.format(listed), question, tokenizer)]
 
 
 def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Any]:
@@ -182,22 +186,6 @@ def _apart(some: Sequence[Any], others: Sequence[Any]) -> float:
     """The largest difference; infinite if a value is NaN."""
     apart = max(float((a - b).abs().max()) for a, b in zip(some, others, strict=True))
     return apart if math.isfinite(apart) else math.inf
-
-
-def _check_same(difference: float) -> None:
-    if not difference <= TOLERANCE:
-        raise MergeFailed(
-            f"the merged model differs from base and adapter by {difference:.2e} in a logit, {TOLERANCE:g} is allowed",
-            "use base and adapter as they are: loractl adapters pull",
-        )
-
-
-def _check_stored(proof: Proof, dtype: str) -> None:
-    if not math.isfinite(proof.stored_difference) or proof.stored_agreement < LEAST_AGREEMENT:
-        raise MergeFailed(
-            f"stored in {dtype} the model says the same for {100 * proof.stored_agreement:.0f} % of the tokens only",
-            "try --dtype float32",
-        )
 
 
 def _describe(folder: Path, listed: Listed, dtype: str, proof: Proof) -> None:

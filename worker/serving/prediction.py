@@ -120,14 +120,9 @@ class StoredClassifier:
                 continue
             share = next(shares)
             best = int(share.argmax())
-            yield Outcome(
-                row=row.number, label=self.labels[best], probability=round(float(share[best]), self._decimals)
-            )
-
-    @property
-    def _decimals(self) -> int:
-        """As many as other texts in the batch leave alone: they moved 16-bit probabilities by 0.002."""
-        return 4 if self.learner.precision.base is torch.float32 else 2
+            # as many decimals as other texts in the batch leave alone: they moved 16-bit probabilities by 0.002
+            decimals = 4 if self.learner.precision.base is torch.float32 else 2
+            yield Outcome(row=row.number, label=self.labels[best], probability=round(float(share[best]), decimals))
 
     def _tokens(self, question: Question) -> TokenRow:
         ids = self.learner.tokenizer(question.text, truncation=True, max_length=self.max_length).input_ids

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,23 +65,15 @@ def as_error(answer: dict[str, Any]) -> Exception:
     return kinds.get(answer["kind"], RuntimeError)(*answer["facts"])
 
 
-def _fetch_dataset(store: ArtifactStore, uri: str, sha256: str, folder: str) -> str:
-    return str(store.fetch_dataset(uri, sha256, Path(folder)))
-
-
-def _pull(store: ArtifactStore, stored: dict[str, Any], target: str, part: str) -> dict[str, Any]:
-    return {name: vars(file) for name, file in store.pull(Binding(**stored), part, Path(target)).items()}
-
-
-def _put_result(store: ArtifactStore, folder: str, prefix: str) -> dict[str, Any]:
-    return {name: vars(file) for name, file in store.put_result(Path(folder), prefix).items()}
+def _as_json(manifest: Mapping[str, StoredFile]) -> dict[str, Any]:
+    return {name: vars(file) for name, file in manifest.items()}
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
     "check": ArtifactStore.check,
-    "fetch_dataset": _fetch_dataset,
-    "pull": _pull,
-    "put_result": _put_result,
+    "fetch_dataset": lambda store, uri, sha256, folder: str(store.fetch_dataset(uri, sha256, Path(folder))),
+    "pull": lambda store, stored, target, part: _as_json(store.pull(Binding(**stored), part, Path(target))),
+    "put_result": lambda store, folder, prefix: _as_json(store.put_result(Path(folder), prefix)),
     "remove_checkpoint": ArtifactStore.remove_checkpoint,
     "remove_checkpoints": ArtifactStore.remove_checkpoints,
 }

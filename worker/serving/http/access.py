@@ -32,13 +32,12 @@ class AccessControl:
         self._app, self._key = app, key
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and (error := self._error(Request(scope))) is not None:
-            await answered(error)(scope, receive, send)
-            return
+        if scope["type"] == "http":
+            request = Request(scope)
+            if (error := self._of_caller(request) or _of_page(request) or _of_content(request)) is not None:
+                await answered(error)(scope, receive, send)
+                return
         await self._app(scope, receive, send)
-
-    def _error(self, request: Request) -> ApiError | None:
-        return self._of_caller(request) or _of_page(request) or _of_content(request)
 
     def _of_caller(self, request: Request) -> ApiError | None:
         if self._key is None:

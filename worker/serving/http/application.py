@@ -235,7 +235,7 @@ class Service:
         letters = sum(len(turn.said) for turn in turns) + sum(len(json.dumps(one)) for one in (tools, more) if one)
         self._check_length(letters, len(turns), "messages")
         self._demanded(asked)
-        format = await self._format(listed)
+        format = DataFormat.MESSAGES if listed is None else await _refusing(partial(self._library.format, listed))
         if format not in (DataFormat.MESSAGES, DataFormat.SHAREGPT, DataFormat.PREFERENCE) and any(
             turn.role == "tool" for turn in turns
         ):
@@ -302,11 +302,6 @@ class Service:
         except KeyError:
             what = f"there is no model {name!r} here; /v1/models lists them"
             raise ApiError(404, what, code="model_not_found", param="model") from None
-
-    async def _format(self, listed: Listed | None) -> Any:
-        if listed is None:
-            return DataFormat.MESSAGES
-        return await _refusing(lambda: self._library.format(listed))
 
     async def _answer(
         self, asked: ChatRequest | TextRequest, listed: Listed | None, prompts: Sequence[list[int]], request: Request

@@ -152,7 +152,7 @@ def measure(
                 trained_on={task.name: sum(row in own[name][1] for row in task.likenesses) for task in tasks},
                 load_seconds=loaded[name].seconds,
                 memory=loaded[name].size,
-                disk=_bytes_below(folders[name]),
+                disk=sum(path.stat().st_size for path in folders[name].rglob("*") if path.is_file()),
                 as_trained=pool.as_trained(listed),
             )
         )
@@ -220,10 +220,6 @@ def _cells(
         }
         for task in tasks
     }
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _disk_of(model: str, revision: str | None) -> int:
