@@ -121,6 +121,16 @@ def family(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+def nodes_of(home: Path) -> list[psutil.Process]:
+    """The nodes of a home, wherever they were started from."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "loractl.worker.node" in process.cmdline() and process.environ().get("LORACTL_HOME") == str(home):
+                found.append(process)
+    return found
+
+
 def freeze(processes: Callable[[], list[psutil.Process]], database: Path) -> list[psutil.Process]:
     """Stop processes, but not in mid-transaction: SQLite has nobody who would take its lock away."""
     while True:

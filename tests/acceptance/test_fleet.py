@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from sqlalchemy import create_engine, make_url, select, text
 
@@ -25,7 +24,7 @@ from ..conftest import Cli
 from ..databases import UPGRADED, database
 from ..models import write_job
 from ..unit.factories import node_state, submission
-from .quick_lab import quick_lab
+from .quick_lab import nodes_of, quick_lab
 from .test_node import SLOW
 
 LEASE_S = 6
@@ -37,9 +36,8 @@ def fleet_url(postgres_server: str) -> Iterator[str]:
         yield url
 
 
-@pytest.mark.cold
 def test_a_node_that_starts_in_an_outage_of_the_database_takes_no_living_job_over(
-    make_cli: Callable[..., Cli], fleet_url: str, postgres_server: str, tmp_path: Path
+    make_cli: Callable[..., Cli], home: Path, fleet_url: str, postgres_server: str, tmp_path: Path
 ) -> None:
     cli = make_cli(
         LORACTL_DATABASE_URL=fleet_url, LORACTL_HOST="owl", LORACTL_LEASE=f"{LEASE_S}s",
@@ -47,7 +45,7 @@ def test_a_node_that_starts_in_an_outage_of_the_database_takes_no_living_job_ove
     )  # fmt: skip
     engine = make_engine(fleet_url)
     store = Store(engine, lease_s=LEASE_S)
-    worker = cli.start("worker")
+    worker = cli.start("worker", warm_start=True)
     admin = create_engine(make_url(postgres_server).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
     try:
         _until(lambda: _turn_at(store) is not None)
@@ -62,7 +60,7 @@ def test_a_node_that_starts_in_an_outage_of_the_database_takes_no_living_job_ove
                 text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"),
                 {"name": engine.url.database},
             )
-            (node,) = [p for p in psutil.Process(worker.pid).children() if "loractl.worker.node" in p.cmdline()]
+            (node,) = nodes_of(home)
             node.kill()  # the worker starts it again
             time.sleep(LEASE_S + 1)
             server.execute(text(f"ALTER DATABASE {engine.url.database} ALLOW_CONNECTIONS true"))
@@ -77,7 +75,6 @@ def test_a_node_that_starts_in_an_outage_of_the_database_takes_no_living_job_ove
         engine.dispose()
 
 
-@pytest.mark.cold
 def test_a_copied_home_with_an_equal_name_takes_no_running_job(
     make_cli: Callable[..., Cli], home: Path, tmp_path: Path, upgraded_url: str
 ) -> None:
@@ -90,11 +87,11 @@ def test_a_copied_home_with_an_equal_name_takes_no_running_job(
     engine = make_engine(upgraded_url)
     store = Store(engine)
     job_id = store.jobs.submit(submission())
-    workers = [make_cli(**shared).start("worker")]
+    workers = [make_cli(**shared).start("worker", warm_start=True)]
     try:
         _until(lambda: store.jobs.get(job_id).status is Status.RUNNING)
         shutil.copytree(home / "run", tmp_path / "copy" / "run")
-        workers.append(make_cli(**shared, LORACTL_HOME=str(tmp_path / "copy")).start("worker"))
+        workers.append(make_cli(**shared, LORACTL_HOME=str(tmp_path / "copy")).start("worker", warm_start=True))
         assert workers[1].stdout is not None
         said = ""
         while "another box is named heron and serves its device 0" not in said:

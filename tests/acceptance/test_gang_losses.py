@@ -19,7 +19,7 @@ from loractl.common.store.tables import Job
 from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE
 
 from ..models import write_job
-from .quick_lab import LEASE_S, Lab, family, freeze, until
+from .quick_lab import LEASE_S, Lab, family, freeze, nodes_of, until
 
 CARDS = {"LORACTL_DEVICES": "sim:8GiB,8GiB"}
 LASTING = ("--set=training.max_steps=100000", "--set=training.save_steps=5")
@@ -61,12 +61,12 @@ class Gangs:
     def freeze(self, processes: Callable[[], list[psutil.Process]]) -> None:
         freeze(processes, self.lab.home / "loractl.db")
 
-    def node(self, worker: int, index: int) -> psutil.Process:
-        """The node of a box's card."""
-        for child in psutil.Process(worker).children():
-            words = child.cmdline()
-            if "loractl.worker.node" in words and words[words.index("--index") + 1] == str(index):
-                return child
+    def node(self, index: int) -> psutil.Process:
+        """The node of a card."""
+        for node in nodes_of(self.lab.home):
+            words = node.cmdline()
+            if words[words.index("--index") + 1] == str(index):
+                return node
         raise AssertionError("it has no such node")
 
 
@@ -146,12 +146,12 @@ def test_a_lost_box_s_job_goes_on_on_the_cards_of_another(gangs: Gangs, how: sig
 )
 def test_the_second_card_s_node_alone_ends_all_ranks_and_the_job_goes_on(gangs: Gangs, how: signal.Signals) -> None:
     lab = gangs.lab
-    box = lab.start(cold=True, **CARDS)
+    lab.start(cold=how is signal.SIGSTOP, **CARDS)
     job_id = gangs.submit(*LASTING)
     first_card = gangs.trains(job_id).node or ""
     second = next(card for card in ("heron:0", "heron:1") if card != first_card)
     ranks = gangs.ranks(job_id)
-    node = gangs.node(box.pid, int(second[-1]))
+    node = gangs.node(int(second[-1]))
     if how is signal.SIGSTOP:
         gangs.freeze(lambda: [node])
     else:
@@ -170,7 +170,7 @@ def test_the_second_card_s_node_alone_ends_all_ranks_and_the_job_goes_on(gangs: 
 
 
 def test_a_rank_that_is_killed_ends_the_attempt_and_the_next_goes_on(gangs: Gangs) -> None:
-    gangs.lab.start(cold=True, **CARDS)
+    gangs.lab.start(**CARDS)
     job_id = gangs.submit(*LASTING)
     gangs.trains(job_id)
     ranks = sorted(gangs.ranks(job_id), key=psutil.Process.create_time)
@@ -185,10 +185,10 @@ def test_a_rank_that_is_killed_ends_the_attempt_and_the_next_goes_on(gangs: Gang
 def test_no_rank_stays_on_a_card_while_the_node_that_started_it_stands_still(gangs: Gangs) -> None:
     """The other card's node lives and takes the next job: nothing may be left there."""
     lab = gangs.lab
-    box = lab.start(cold=True, **CARDS)
+    lab.start(cold=True, **CARDS)
     job_id = gangs.submit(*LASTING)
     node = gangs.trains(job_id).node or ""
-    leader = gangs.node(box.pid, int(node[-1]))
+    leader = gangs.node(int(node[-1]))
     gangs.freeze(lambda: [leader])
     lost = lab.until(job_id, lambda job: job.status is Status.QUEUED, seconds=LEASE_S + 20)
     until(lambda: not gangs.ranks(job_id), seconds=20)

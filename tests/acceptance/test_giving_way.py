@@ -107,7 +107,6 @@ def saved(lab: Lab, long: int) -> Callable[[], object]:
 MOMENTS = {"before the checkpoint": asked, "in the checkpoint": standing, "after the checkpoint": saved}
 
 
-@pytest.mark.cold
 @pytest.mark.parametrize(
     ("moment", "whole"),
     [
@@ -134,7 +133,7 @@ def test_a_kill_in_the_middle_of_giving_way_loses_neither_job(lab: Lab, moment: 
         trap.unlink()
     if whole:
         worker.wait()
-        lab.start(cold=True)
+        lab.start()
     all_end_well(lab, short, long)
     first = lab.reasons(long)[0]
     assert first in ({Reason.WORKER_LOST} if whole else {Reason.PREEMPTED, Reason.KILLED}), lab.reasons(long)
@@ -143,7 +142,6 @@ def test_a_kill_in_the_middle_of_giving_way_loses_neither_job(lab: Lab, moment: 
 
 
 @pytest.mark.long
-@pytest.mark.cold
 @pytest.mark.parametrize("lab", ["upgraded_postgres"], indirect=True)
 @pytest.mark.parametrize("away_s", [1.0, 2.5 * LEASE_S])
 def test_a_database_that_is_away_while_a_job_gives_way_costs_nothing(
@@ -170,7 +168,6 @@ def test_a_database_that_is_away_while_a_job_gives_way_costs_nothing(
     assert set(lab.reasons(long)) <= {Reason.PREEMPTED, Reason.OK} and lab.reasons(short) == [Reason.OK]
 
 
-@pytest.mark.cold
 @pytest.mark.parametrize("lab", [pytest.param("upgraded_postgres", marks=pytest.mark.long)], indirect=True)
 def test_of_two_boxes_on_postgresql_jobs_yield_and_go_on_on_either(lab: Lab) -> None:
     shorts = [short_one(lab, steps=40) for _ in range(3)]

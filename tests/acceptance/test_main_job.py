@@ -21,12 +21,12 @@ def place(request: pytest.FixtureRequest, make_cli: Callable[..., Cli]) -> Cli:
     if request.param == "one machine":
         return make_cli()
     s3: services.S3 = request.getfixturevalue("s3_server")
-    database = request.getfixturevalue("postgres_url")
+    database = request.getfixturevalue("upgraded_postgres")
     redis_url = request.getfixturevalue("redis_url")
     cli = make_cli(
         LORACTL_DATABASE_URL=database, LORACTL_REDIS_URL=redis_url, LORACTL_ARTIFACTS_URL=s3.url, **s3.environment
     )
-    cli("db", "upgrade")
+    cli("lab", "adopt-store")
     return cli
 
 

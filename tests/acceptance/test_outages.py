@@ -5,13 +5,11 @@ What needs neither: tests/unit/worker/test_outages.py.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from redis import Redis
 from sqlalchemy import Connection, Engine, create_engine, text
@@ -22,7 +20,7 @@ from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import load_settings
 from loractl.common.store.schema import HEAD
 
-from .quick_lab import LEASE_S, Lab, until
+from .quick_lab import LEASE_S, Lab, nodes_of, until
 
 
 def test_all_of_redis_can_be_wiped_at_any_moment(lab: Lab, home: Path) -> None:
@@ -73,7 +71,7 @@ def test_a_database_that_is_away_or_only_reads_for_longer_than_a_lease_costs_not
     history = [event.text for event in lab.store.jobs.events(long)]
     assert steps == list(range(1, 221)), f"what was told meanwhile is written afterwards: {history}"
 
-    nodes = _nodes_of(home)
+    nodes = nodes_of(home)
     assert len(nodes) == 1
     with admin.connect() as server:
         _reconnect(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false", str(name))
@@ -98,7 +96,7 @@ def test_a_worker_whose_database_stays_away_ends_at_its_first_sigterm_and_saves_
         worker.send_signal(signal.SIGTERM)
         told, _ = worker.communicate(timeout=60)
         assert worker.returncode == ExitCode.UNREACHABLE, told
-        assert f"job {job_id}: the database is away" in told and "Traceback" not in told and not _nodes_of(home), told
+        assert f"job {job_id}: the database is away" in told and "Traceback" not in told and not nodes_of(home), told
         _reconnect(server, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true", name)
     admin.dispose()
     lab.start()
@@ -116,7 +114,7 @@ def test_a_worker_whose_tables_go_on_says_so_saves_its_job_and_ends(lab: Lab, ho
     lab.until(job_id, lambda job: job.has_checkpoint)
     _change(lab.engine, NEWER)
     told, _ = worker.communicate(timeout=60)
-    assert worker.returncode == ExitCode.FAILED and not _nodes_of(home), told
+    assert worker.returncode == ExitCode.FAILED and not nodes_of(home), told
     sentence = f"the database is at revision 9999, this loractl needs revision {HEAD}"
     assert f"{sentence}: heron:0 claims nothing more, and ends once its jobs have saved a checkpoint" in told
     assert "Hint: upgrade loractl on this machine, then start it again" in told and "Traceback" not in told, told
@@ -136,15 +134,6 @@ def _change(engine: Engine, tables: tuple[str, ...]) -> None:
     with engine.begin() as connection:
         for step in tables:
             connection.exec_driver_sql(step)
-
-
-def _nodes_of(home: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if "loractl.worker.node" in process.cmdline() and process.environ().get("LORACTL_HOME") == str(home):
-                found.append(process)
-    return found
 
 
 def _reconnect(server: Connection, change: str, name: str) -> None:

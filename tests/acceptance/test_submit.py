@@ -145,7 +145,7 @@ def test_what_only_the_box_can_know_is_said_and_the_hub_is_asked_for_a_name(
 
 
 def test_a_folder_that_is_not_here_or_holds_no_model_is_refused_where_the_workers_are_here(
-    cli: Cli, postgres_url: str, tmp_path: Path
+    cli: Cli, upgraded_postgres: str, tmp_path: Path
 ) -> None:
     job, empty = write_files(tmp_path), tmp_path / "empty"
     empty.mkdir()
@@ -158,8 +158,7 @@ def test_a_folder_that_is_not_here_or_holds_no_model_is_refused_where_the_worker
     assert f"base_model {empty} holds no model\nHint: a model's folder has config.json" in refused("./empty")
     assert "is neither a folder here nor a name on the hub" in refused("models/deep/nix")
     assert "is neither a folder here nor a name on the hub" in refused("https://huggingface.co/org/model/tree/main")
-    lab = cli.with_environment(LORACTL_DATABASE_URL=postgres_url)
-    lab("db", "upgrade")
+    lab = cli.with_environment(LORACTL_DATABASE_URL=upgraded_postgres)
     told = lab("submit", "--dry-run", job, "--set=base_model=./empty").stderr
     assert f"Warning: base_model {empty} holds no model on this machine; every worker needs one" in told
     named = lab("submit", "--dry-run", job, "--set=base_model=https://huggingface.co/org/model").stdout
