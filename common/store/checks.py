@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from sqlalchemy import Column, Connection, Engine, Table, func, insert, inspect, select, text, update
+from sqlalchemy import Column, Connection, Table, insert, inspect, text, update
 from sqlalchemy.exc import IntegrityError
 
 from loractl.common.errors import ValueRefused
@@ -61,11 +61,12 @@ def checks_of(table: Table, dialect: str) -> list[Bound]:
     return found
 
 
-def hold(connection: Connection) -> int:
-    """Bring the tables to their columns' bounds; returns how many values went to quarantine."""
+def hold(connection: Connection) -> None:
+    """Bring the tables to their columns' bounds."""
     there = set(inspect(connection).get_table_names())
     tables = [table for table in reversed(Base.metadata.sorted_tables) if table.name in there]  # children first
-    return sum(bring(connection, table, checks_of(table, connection.dialect.name)) for table in tables)
+    for table in tables:
+        bring(connection, table, checks_of(table, connection.dialect.name))
 
 
 def release(connection: Connection, names: Collection[str] | None = None) -> None:
@@ -85,10 +86,10 @@ def release_columns(connection: Connection, table: str, columns: Collection[str]
     _drop_triggers(connection, table, [name for name in held if _column_of(name) in columns])
 
 
-def bring(connection: Connection, table: Table, wanted: Sequence[Bound]) -> int:
-    """Give the table these bounds and no others; returns how many values went to quarantine."""
+def bring(connection: Connection, table: Table, wanted: Sequence[Bound]) -> None:
+    """Give the table these bounds and no others."""
     by = _bring_sqlite if connection.dialect.name == "sqlite" else _bring_postgres
-    return by(connection, table, wanted)
+    by(connection, table, wanted)
 
 
 def _unasked(check: Bound, before: str, dialect: str) -> Bound:
@@ -98,16 +99,10 @@ def _unasked(check: Bound, before: str, dialect: str) -> Bound:
     return check if added is None else replace(check, deep=added)
 
 
-def quarantined(engine: Engine) -> int:
-    """How many values are in quarantine."""
-    with engine.connect().execution_options(read_only=True) as connection:
-        return connection.execute(select(func.count()).select_from(Quarantined)).scalar_one()
-
-
 # --- PostgreSQL ---
 
 
-def _bring_postgres(connection: Connection, table: Table, wanted: Sequence[Bound]) -> int:
+def _bring_postgres(connection: Connection, table: Table, wanted: Sequence[Bound]) -> None:
     held = connection.execute(text(_HELD), {"table": table.name, "ours": _PREFIX}).all()
     names, asked_each_time = {name for name, _ in held}, {name for name, calls in held if calls}
     new = [check for check in wanted if check.name not in names - asked_each_time]
@@ -119,11 +114,11 @@ def _bring_postgres(connection: Connection, table: Table, wanted: Sequence[Bound
         for name in sorted(old):
             connection.exec_driver_sql(f'DROP TRIGGER IF EXISTS "{name}" ON {table.name}')
     if not new:
-        return 0
+        return
     unasked = {check: _unasked(check, before.get(check.column.name, ""), "postgresql") for check in new}
     _make_functions(connection, unasked.values())
     # what a check of this name has asked each time holds for every row
-    moved = _clean(connection, table, {c: _asked(unasked[c]) for c in new if c.name not in names}, "ctid")
+    _clean(connection, table, {c: _asked(unasked[c]) for c in new if c.name not in names}, "ctid")
     _make_functions(connection, new)
     adds = ", ".join(f'ADD CONSTRAINT "{check.name}" CHECK ({check.sql})' for check in new)
     connection.exec_driver_sql(f"ALTER TABLE {table.name} {adds}")
@@ -135,7 +130,6 @@ def _bring_postgres(connection: Connection, table: Table, wanted: Sequence[Bound
                 f' FOR EACH ROW WHEN (NOT {_function(check)}(NEW."{check.column.name}"))'
                 " EXECUTE FUNCTION loractl_refuse()"
             )
-    return moved
 
 
 def _make_functions(connection: Connection, checks: Iterable[Bound]) -> None:
@@ -190,7 +184,7 @@ def _asked(check: Bound) -> str:
 # --- SQLite ---
 
 
-def _bring_sqlite(connection: Connection, table: Table, wanted: Sequence[Bound]) -> int:
+def _bring_sqlite(connection: Connection, table: Table, wanted: Sequence[Bound]) -> None:
     """SQLite has no statement that adds a check. It keeps a table as the text that made it, and rows do not depend on
     their checks: so the text is written, as SQLite's own page on ALTER TABLE does it for changes that leave rows as
     they are. No row, key or index is touched, and nothing is deleted that another table refers to."""
@@ -200,19 +194,18 @@ def _bring_sqlite(connection: Connection, table: Table, wanted: Sequence[Bound])
         for check in wanted
     }
     if bounds == held:
-        return 0
+        return
     new = [check for check in wanted if bounds[check.name] != held.get(check.name)]  # the others hold for every row
     gone = [name for name, sql in held.items() if bounds.get(name) != sql]
     before = {_column_of(name): _trigger_of(connection, table.name, name) for name in gone}
     _drop_triggers(connection, table.name, gone)
     asked = {check: _unasked(check, before.get(check.column.name, ""), "sqlite").whole for check in new}
-    moved = _clean(connection, table, asked, "rowid")
+    _clean(connection, table, asked, "rowid")
     _write_sqlite(connection, table.name, bounds)
     for check in new:
         if check.deep:
             for when in ("INSERT", f'UPDATE OF "{check.column.name}"'):
                 connection.exec_driver_sql(_trigger(check, when))
-    return moved
 
 
 def _text_of(connection: Connection, table: str) -> tuple[str, str]:
@@ -272,22 +265,19 @@ def _drop_triggers(connection: Connection, table: str, bounds: Collection[str]) 
 # --- values that are there, and may not be ---
 
 
-def _clean(connection: Connection, table: Table, asked: Mapping[Bound, str], place: str) -> int:
+def _clean(connection: Connection, table: Table, asked: Mapping[Bound, str], place: str) -> None:
     """Move values that break a bound to the quarantine. `place`: what names a row, until it is written."""
     if not asked:
-        return 0
+        return
     checks = list(asked)
     passes = {check: f'coalesce({asked[check]}, "{check.column.name}" IS NULL)' for check in checks}
     select = (
         f"SELECT CAST({place} AS text), {', '.join(passes.values())} FROM {table.name}"  # noqa: S608  our own words
         f" WHERE NOT ({' AND '.join(passes.values())})"
     )
-    moved = 0
     for where, *held in connection.exec_driver_sql(select).all():
         broken = [check.column for check, holds in zip(checks, held, strict=True) if not holds]
         _clean_row(connection, table, broken, f"{place} = CAST('{where}' AS {'tid' if place == 'ctid' else 'integer'})")
-        moved += len(broken)
-    return moved
 
 
 def _clean_row(connection: Connection, table: Table, broken: Sequence[Column[Any]], where: str) -> None:

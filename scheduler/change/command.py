@@ -140,8 +140,8 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
 
     JOB is a number, a range like 3-9, the name of one job, or name:tag.
 
-    A waiting job ends at once; a running one's trainer is asked to stop and killed if it does not within 10 s. Its
-    checkpoints are removed. Of several jobs, those that can't be cancelled are named, and the others are.
+    A waiting job ends at once; a running one stops at its next step, at the latest after 15 s. Its checkpoints are
+    removed. Of several jobs, those that can't be cancelled are named, and the others are.
     """
     from loractl.common.errors import JobNotFound, NotYours, UsageError, WrongState
     from loractl.scheduler.cli.session import open_session

@@ -10,6 +10,8 @@ import click
 from loractl.scheduler.cli.output import show
 
 if TYPE_CHECKING:
+    from loractl.common.store.roles import RolesDone
+
     from .backup import Contents
 
 
@@ -90,15 +92,26 @@ def db_roles(
     """
     from loractl.common.settings import load_settings
 
-    from .revision import store_unknown
-    from .roles import set_up_roles, wanted_logins
-    from .text import roles
+    from .revision import set_up_roles, store_unknown, wanted_logins
 
     chosen = None if passwords is None else passwords.read().splitlines()
     settings = load_settings()
     answer = set_up_roles(settings, wanted_logins(people, boxes, pages, chosen), renew=renew)
-    show(answer, as_json, lambda: roles(answer))
+    show(answer, as_json, lambda: _roles(answer))
     _tell_of_store(store_unknown(settings))
+
+
+def _roles(answer: RolesDone) -> str:
+    """What was done, and each new password, in the URL that its owner needs."""
+    made = f"New roles: {', '.join(answer.new_roles)}." if answer.new_roles else "The roles already existed."
+    lines = [f"{made} Their rights are those of revision {answer.revision}."]
+    for login in answer.logins:
+        how = "is a new login" if login.new else "is there" if login.url is None else "has a new password"
+        lines.append(f"{login.name} {how}, with the role {login.role}." + ("" if login.url else " Its password stays."))
+        lines += [f"    LORACTL_DATABASE_URL={login.url}"] if login.url else []
+    if any(login.url for login in answer.logins):
+        lines.append("No password is shown again.")
+    return "\n".join(lines)
 
 
 @db.command("backup")

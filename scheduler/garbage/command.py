@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import TYPE_CHECKING
+
 import click
 
+from loractl.common.text import clean_line
+from loractl.common.units import amount
 from loractl.scheduler.cli.output import show
+
+if TYPE_CHECKING:
+    from .cleaner import Cleared, Garbage
 
 
 @click.command()
@@ -35,7 +43,6 @@ def gc(keep_last: int | None, older_than: str, jobs: bool, dry_run: bool, force:
     from loractl.scheduler.cli.session import open_artifacts, open_session
 
     from .cleaner import Cleaner, Cleared, Policy, parse_age
-    from .text import line, total
 
     policy = Policy(keep_last=keep_last, older_than=parse_age(older_than), past_jobs=jobs)
     settings, store = open_session()
@@ -46,6 +53,26 @@ def gc(keep_last: int | None, older_than: str, jobs: bool, dry_run: bool, force:
     for garbage in cleaner.find() if dry_run else cleaner.remove():
         gone.append(garbage)
         if not as_json:
-            click.echo(line(garbage))
+            click.echo(_line(garbage))
     cleared = Cleared(dry_run=dry_run, removed=tuple(gone))
-    show(cleared, as_json, lambda: total(cleared))
+    show(cleared, as_json, lambda: _total(cleared))
+
+
+def _line(garbage: Garbage) -> str:
+    """One thing that goes, and why."""
+    what = f"{garbage.kind.value:<11}  {amount(garbage.size):>9}"
+    return f"{what}  {clean_line(garbage.name)}  ({clean_line(garbage.why)})"
+
+
+def _total(cleared: Cleared) -> str:
+    """One sentence for all of it; rows in the database are counted apart from files."""
+    from .cleaner import Kind
+
+    verb = "Would free" if cleared.dry_run else "Freed"
+    if not cleared.removed:
+        return f"{verb} nothing: everything that is stored is needed."
+    counts = Counter(garbage.kind for garbage in cleared.removed)
+    rows = sum(garbage.size for garbage in cleared.removed if not garbage.kind.is_file)
+    parts = ", ".join(f"{kind.value} {counts[kind]}" for kind in Kind if counts[kind])
+    stored = f", and about {amount(rows)} of rows in the database" if rows else ""
+    return f"{verb} {amount(cleared.size)}{stored} ({parts})."

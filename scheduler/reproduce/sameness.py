@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
     from loractl.common.store.store import Store
 
-_APART = ("preemptible", "resources", "max_retries", "lora_patience", "notify", "publish")
 _TOLD_BY_THE_RUN = (
     "method", "revision", "training.dtype", "training.optim", "training.gradient_checkpointing", "dataset.path",
     "dataset.more", "dataset.eval_path", "dataset.final_path", "evaluation.regression",
@@ -191,8 +190,10 @@ def _ran_with(first: Report, second: Report) -> Iterator[Pair]:
 
 
 def _settings(first: FinishedJob, second: FinishedJob) -> Iterator[Pair]:
+    from loractl.common.job.identity import UNDECIDING
+
     for key, (mine, theirs) in differences([first, second]).items():
-        if key.partition(".")[0] not in _APART and key not in _TOLD_BY_THE_RUN:
+        if UNDECIDING.isdisjoint((key, key.partition(".")[0])) and key not in _TOLD_BY_THE_RUN:
             yield Pair(what=key, first=mine, second=theirs)
 
 

@@ -1,4 +1,4 @@
 """Checks, plans and queues jobs: loractl submit, and what others queue.
 
-Others use admission, ancestor, data, draft, intake, lengths, need, overflow, preflight, warnings.
+Others use admission, ancestor, data, draft, intake, lengths, need, overflow, preflight.
 """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loractl.common.adapter_config import VLLM_RANKS
 from loractl.common.channels import unknown_names
@@ -38,15 +38,19 @@ class Entry:
     warnings: tuple[str, ...]  # what could keep it waiting
 
 
-def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store | None) -> list[Submission]:
-    """Each job's submission; all are checked before the first is written. Raises UsageError."""
+def plan_all(
+    drafts: Sequence[JobDraft], settings: Settings, store: Store | None, *, members: bool = False
+) -> list[Submission]:
+    """Each job's submission; all are checked before the first is written. `members`: of one sweep, where none names
+    another. Raises UsageError."""
     planned = []
-    beside = {draft.spec.name: draft.spec for draft in drafts}
-    for draft in drafts:
-        hashes = {**stored_hashes(draft.spec), **draft.stored}
+    beside = {} if members else {draft.spec.name: draft.spec for draft in drafts}
+    known = _of_data(drafts, lambda draft: {**stored_hashes(draft.spec), **draft.stored})
+    for draft, hashes in zip(drafts, known, strict=True):
         spec = with_own_channels(draft.spec, settings)
         submission = plan_job(spec, settings.user, hashes, store, own_devices(settings), beside)
-        beside[spec.name] = submission.spec  # with what it inherits, since later jobs inherit that in turn
+        if not members:
+            beside[spec.name] = submission.spec  # with what it inherits, since later jobs inherit that in turn
         planned.append(replace(submission, purpose="" if draft.like is None else f"like job {draft.like}"))
     return planned
 
@@ -60,10 +64,18 @@ def with_own_channels(spec: JobSpec, settings: Settings) -> JobSpec:
 
 def store_all(drafts: Sequence[JobDraft], planned: Sequence[Submission], artifacts: ArtifactStore) -> list[Submission]:
     """Upload the data sets of all jobs before the first is queued. Raises ArtifactError, ServiceUnreachable."""
-    return [
-        replace(submission, data=store_data(draft.spec, artifacts, draft.stored))
-        for draft, submission in zip(drafts, planned, strict=True)
-    ]
+    stored = _of_data(drafts, lambda draft: store_data(draft.spec, artifacts, draft.stored))
+    return [replace(submission, data=data) for submission, data in zip(planned, stored, strict=True)]
+
+
+def _of_data(drafts: Iterable[JobDraft], ask: Callable[[JobDraft], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What is asked about each draft's data sets, once for those that several have."""
+    known: dict[Any, dict[str, Any]] = {}
+    for draft in drafts:
+        data_sets = (*draft.spec.data_sets().items(), draft.like)
+        if data_sets not in known:
+            known[data_sets] = ask(draft)
+        yield known[data_sets]
 
 
 def enqueue(submission: Submission, settings: Settings, store: Store) -> Entry:

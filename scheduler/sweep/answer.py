@@ -4,7 +4,6 @@ refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import SpecError, SpecProblem, UsageError
 from loractl.common.job.sweep import RUNGS, NewSweep, meets_rungs, setting, unlike
-from loractl.scheduler.submit.data import store_data
-from loractl.scheduler.submit.need import own_devices, plan_job, stored_hashes
 
 from .grid import Grid, Point, points, read_grid
 
 if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
     from loractl.common.job.spec import JobSpec
-    from loractl.common.settings import Settings
-    from loractl.common.store.records import Submission
-    from loractl.common.store.store import Store
 
 
 _NAME_LENGTH, _RUN_NAME_LENGTH = 63, 100
@@ -69,41 +62,6 @@ def _named_run(spec: JobSpec, suffix: str) -> JobSpec:
         return spec
     named = tracker.model_copy(update={"run_name": _numbered(tracker.run_name, suffix, _RUN_NAME_LENGTH)})
     return spec.model_copy(update={"training": spec.training.model_copy(update={"tracker": named})})
-
-
-def with_different_data(specs: Sequence[JobSpec]) -> list[JobSpec]:
-    """One member for each set of rows: data are checked once."""
-    return list({(spec.dataset.model_dump_json(), spec.evaluation.regression): spec for spec in specs}.values())
-
-
-def with_different_bases(specs: Sequence[JobSpec]) -> list[JobSpec]:
-    """One member for each base model: a base is checked once."""
-    return list({(spec.base_model, spec.revision): spec for spec in specs}.values())
-
-
-def submissions(
-    specs: Sequence[JobSpec], settings: Settings, store: Store, artifacts: ArtifactStore
-) -> list[Submission]:
-    """Each member's submission. A data set that several members name is uploaded once."""
-    stored: dict[str, dict[str, Any]] = {}
-    members = []
-    for spec in specs:
-        key = json.dumps(spec.data_sets(), sort_keys=True)
-        if key not in stored:
-            stored[key] = store_data(spec, artifacts)
-        members.append(plan_job(spec, settings.user, stored[key], store, own_devices(settings)))
-    return members
-
-
-def planned(specs: Sequence[JobSpec], settings: Settings, store: Store | None) -> list[Submission]:
-    """As submissions, for a dry run: nothing is uploaded."""
-    hashes = {json.dumps(spec.data_sets(), sort_keys=True): spec for spec in specs}
-    stored = {key: stored_hashes(spec) for key, spec in hashes.items()}
-    keys = [json.dumps(spec.data_sets(), sort_keys=True) for spec in specs]
-    return [
-        plan_job(spec, settings.user, stored[key], store, own_devices(settings))
-        for spec, key in zip(specs, keys, strict=True)
-    ]
 
 
 def _refuse_unlike(grid: Grid, task: str | None) -> None:

@@ -1,7 +1,9 @@
-"""The application: an address for each page, drawn once for all viewers at a moment, and recognised by its ETag."""
+"""The application: an address for each page, drawn once for all viewers at a moment, and recognised by its ETag. What a
+person reads in place of a page is what happened and what to do, in a sentence each, never a traceback."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -19,8 +21,8 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response, S
 from starlette.routing import Route
 
 from loractl import __version__
-from loractl.common.errors import LoractlError
-from loractl.common.store.database import REFUSALS
+from loractl.common.errors import AdapterNotFound, JobNotFound, LoractlError, SweepNotFound, UsageError
+from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.text import clean_text
 from loractl.common.units import LAST_NUMBER
 
@@ -28,13 +30,14 @@ from .guard import Guard
 from .metrics import CONTENT_TYPE, Exporter
 from .pages.markup import render, static_file
 from .pages.pages import PARAMETERS, Asked, Drawn, Pages, number_of
-from .trouble import NoSuchPage, page_of, told
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
 
     from .access import Access
     from .pages.shelf import ReportShelf
+
+log = logging.getLogger("loractl")
 
 FRESH_S = 1.5
 """A page is drawn once in this time, however many look at it."""
@@ -102,8 +105,8 @@ class Site:
             drawn, status = draw(), 200
             main = render(drawn.template, **drawn.values)
         except Exception as error:  # noqa: BLE001  a page says what happened, whatever it was; the log has the rest
-            sentence, hint, status = told(error)
-            drawn = page_of(sentence, hint)
+            sentence, hint, status = _told(error)
+            drawn = _page_of(sentence, hint)
             main = render(drawn.template, **drawn.values)
         body = render("page.jinja", main=main, title=drawn.title, section=drawn.section, version=__version__)
         # the tag depends only on the content: the clock in the page's head would make each page new
@@ -134,7 +137,7 @@ class Site:
             return self._plain(error)
 
     def _plain(self, error: Exception) -> Response:
-        sentence, _, status = told(error)
+        sentence, _, status = _told(error)
         return PlainTextResponse(f"{sentence}\n", status)
 
 
@@ -200,3 +203,45 @@ def _number(request: Request) -> int:
 
 def _no_page(pages: Pages, request: Request) -> Drawn:
     raise NoSuchPage
+
+
+class NoSuchPage(LoractlError):
+    """An address with nothing at it."""
+
+    def __init__(self) -> None:
+        super().__init__("there is no such page")
+
+
+_MISSING = (NoSuchPage, JobNotFound, SweepNotFound, AdapterNotFound)
+
+
+def _told(error: Exception) -> tuple[str, str | None, int]:
+    """An error's message, what helps, and the HTTP status."""
+    if isinstance(error, LoractlError):
+        return error.sentence, error.hint, _status(error)
+    if isinstance(error, REFUSALS):
+        return _of_database(error)
+    log.error("a page could not be drawn", exc_info=error)
+    return _FAULT
+
+
+_AWAY = "The database does not answer", "This page tries again by itself; loractl status says more.", 503
+_FAULT = "This page could not be drawn", "That is a fault of loractl; the server's log has the reason.", 500
+
+
+def _of_database(error: Exception) -> tuple[str, str | None, int]:
+    """The database is down, or we have a bug."""
+    if outage(error) is None:
+        log.error("the database refused what a page asked", exc_info=error)
+        return _FAULT
+    log.warning("the database did not answer: %s", told_by(error))
+    return _AWAY
+
+
+def _page_of(sentence: str, hint: str | None) -> Drawn:
+    """The same as a page."""
+    return Drawn(template="error.jinja", title="Not here", section="", values={"sentence": sentence, "hint": hint})
+
+
+def _status(error: LoractlError) -> int:
+    return 404 if isinstance(error, _MISSING) else 400 if isinstance(error, UsageError) else 503

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 CLIENT = ROOT / "scheduler"
 MODULES = frozenset(path.with_suffix("") for path in CLIENT.glob("*/**/*.py") if path.name != "__init__.py")
-PRINT = ("command", "follow", "warnings", "admission")
+PRINT = ("command", "follow", "admission")
 
 
 def room(module: Path) -> str:

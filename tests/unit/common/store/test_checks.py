@@ -20,7 +20,7 @@ from loractl.common.job.method import Need
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.lines import QueueKey
 from loractl.common.store import shapes
-from loractl.common.store.checks import bring, checks_of, hold, quarantined
+from loractl.common.store.checks import bring, checks_of, hold
 from loractl.common.store.columns import Characters, Flag, Json, LineKey, Prose
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.records import Claim, Progress, StoredResult
@@ -178,9 +178,10 @@ def test_postgresql_looks_into_json_only_where_it_is_written(upgraded_url: str, 
             ):
                 connection.exec_driver_sql(statement)
         with engine.begin() as connection:
-            assert hold(connection) == 0
+            hold(connection)
             asked = "SELECT string_agg(pg_get_constraintdef(oid), ' ') FROM pg_constraint WHERE contype = 'c'"
             assert "loractl_fits" not in str(connection.exec_driver_sql(asked).scalar())
+        assert quarantined(engine) == 0
         assert refused(engine, "jobs", "spec", "'{\"after\": 5}'") and not refused(engine, "jobs", "step", "3")
 
 
@@ -193,6 +194,11 @@ def test_the_bounds_take_what_a_newer_version_may_say(upgraded_url: str, artifac
             "name": "тюнинг ✓", "labels": '{"team": "\U0001f600"}',
         }.items():  # fmt: skip
             assert not refused(engine, "jobs", column, f"'{value}'"), column
+
+
+def quarantined(engine: Engine) -> int:
+    with engine.connect() as connection:
+        return int(connection.exec_driver_sql("SELECT count(*) FROM quarantine").scalar_one())
 
 
 def rows_of(engine: Engine, like: dict[str, list[str]] | None = None) -> dict[str, list[tuple[Any, ...]]]:
@@ -360,7 +366,8 @@ def test_an_upgrade_asks_of_each_row_the_fields_alone_that_a_shape_has_gained(ol
         spec = json.loads(connection.exec_driver_sql(f"SELECT CAST(spec AS text) {waits}").scalar_one())
         wrong = json.dumps({**spec, "max_retries": "two"})
         connection.execute(text("UPDATE jobs SET spec = :wrong WHERE name = 'waits'"), {"wrong": wrong})
-        assert hold(connection) == 1 and hold(connection) == 0
+        hold(connection)
+        hold(connection)  # and finds nothing more
         assert connection.exec_driver_sql("SELECT value FROM quarantine").scalars().all() == [wrong]
     with opened(old_url) as engine:
         assert refused(engine, "jobs", "spec", '\'{"max_retries": "two"}\'')

@@ -19,7 +19,7 @@ from loractl.scheduler.status.overview import Overview
 from loractl.scheduler.status.overview_text import overview_text
 from loractl.scheduler.status.standing import SweepStanding
 from loractl.scheduler.status.standing_text import opened, overview
-from loractl.scheduler.sweep.text import listed
+from loractl.scheduler.sweep.command import listed
 from loractl.scheduler.wait.queue import WaitingJobs
 
 from ...factories import NOON
