@@ -17,7 +17,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import choose_precision, compute_in, random_streams_kept
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
-from loractl.worker.data.packing import pack
+from loractl.worker.data.prepared import pack
 from loractl.worker.data.token_rows import collate, inputs_of
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loop import TrainingLoop, TrainingRows

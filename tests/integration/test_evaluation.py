@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import Precision, choose_precision
-from loractl.worker.base.batches import in_batches
+from loractl.worker.base.gauge import in_batches
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner, load_base, load_tokenizer, positions_of
 from loractl.worker.evaluation.answers import rouge

@@ -122,7 +122,7 @@ def test_threads_share_a_heap_where_the_memory_of_a_trainer_has_a_limit(
 FULL_ONCE = """
 import resource
 import torch
-from loractl.worker.base.batches import in_batches
+from loractl.worker.base.gauge import in_batches
 from loractl.worker.base.gauge import data_bytes, hold_to
 
 hold_to(1 << 30, "cpu", "cpu")

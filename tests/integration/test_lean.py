@@ -24,7 +24,7 @@ from loractl.worker.base.arithmetic import Precision, choose_precision, compute_
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner, load_base, load_tokenizer
-from loractl.worker.data.packing import pack
+from loractl.worker.data.prepared import pack
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import MicroBatch, learned_in
 from loractl.worker.engine.passes import attention as row_module

@@ -17,8 +17,16 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.settings import load_settings
 from loractl.worker.evaluation.comparison import Compared
 from loractl.worker.serving.library import Library, Listed
-from loractl.worker.serving.matrix.matrix import Matrix, MatrixRow, reading
-from loractl.worker.serving.matrix.scores import ACCURACY, LOSS, MEASURES, Task, learned_before
+from loractl.worker.serving.matrix.matrix import (
+    ACCURACY,
+    LOSS,
+    MEASURES,
+    Matrix,
+    MatrixRow,
+    Task,
+    learned_before,
+    reading,
+)
 from loractl.worker.serving.matrix.view import matrix_page, matrix_text
 
 from ..models import write_helpdesk

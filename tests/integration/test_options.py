@@ -24,7 +24,7 @@ from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed, explain
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
-from loractl.worker.data.packing import pack
+from loractl.worker.data.prepared import pack
 from loractl.worker.data.token_rows import collate, inputs_of
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.protocol.messages import Note, Start, Stepped

@@ -20,8 +20,7 @@ from loractl.common.job.sections import DataFormat, RowFields
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.check import check_data
-from loractl.worker.data.packing import packed
-from loractl.worker.data.prepared import PreparedData, prepare_data
+from loractl.worker.data.prepared import PreparedData, packed, prepare_data
 from loractl.worker.data.text import row_text, trained_row
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode, prompt_of
 from loractl.worker.evaluation.evaluation import Work

@@ -25,8 +25,7 @@ from loractl.worker.base.model import load_tokenizer
 
 from .check import check_data
 from .origin import dataset_hash
-from .packing import packed
-from .prepared import PreparedData, prepare_data
+from .prepared import PreparedData, packed, prepare_data
 from .prompt import templated
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import itertools
@@ -21,11 +22,13 @@ from loractl.common.errors import DataError
 from loractl.common.job.identity import data_digest
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 from loractl.common.job.slices import held_out_split
+from loractl.common.job.spec import JobSpec
 from loractl.common.verdict import RESEMBLE
 
 from .origin import load_pinned, load_rows
 from .token_rows import TokenRows
 from .token_set import RowTokenizer, TokenSet, fit_examples
+from .tokens import TokenRow, joined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,3 +302,30 @@ def _with_labels(tokens: TokenSet, examples: Sequence[Example], label_names: Seq
 def _hash_of(examples: Sequence[Example]) -> str:
     """Equal for the same rows in the same order."""
     return hashlib.sha256("".join(example.content_hash() for example in examples).encode()).hexdigest()
+
+
+def packed(data: PreparedData, spec: JobSpec) -> PreparedData:
+    """The data with packed rows, if the job asks for that."""
+    if not spec.training.packing:
+        return data
+    return replace(data, packed=TokenRows.of(pack(data.train.rows, spec.dataset.max_length)))
+
+
+def pack(rows: Sequence[TokenRow], max_length: int) -> list[TokenRow]:
+    """Rows of at most `max_length` tokens, each made of whole examples: the longest first, each into the fullest row
+    that has room (best fit decreasing). The first token of an example is never learned: no token precedes it. No two
+    rows of one conversation are packed together: it would be learned twice in a step."""
+    bins: list[list[TokenRow]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for row in sorted(rows, key=lambda row: (-len(row.input_ids), row.number)):
+        place = bisect.bisect_left(room, (len(row.input_ids), -1))
+        while place < len(room) and any(row.number == other.number for other in bins[room[place][1]]):
+            place += 1
+        if place == len(room):
+            bins.append([])
+            free, number = max_length, len(bins) - 1
+        else:
+            free, number = room.pop(place)
+        bins[number].append(row)
+        bisect.insort(room, (free - len(row.input_ids), number))
+    return [joined(examples) for examples in bins]

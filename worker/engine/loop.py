@@ -20,8 +20,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import speed_metrics
 
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
-from loractl.worker.base.batches import in_batches
-from loractl.worker.base.gauge import freed, in_own_thread, is_out_of_memory, release
+from loractl.worker.base.gauge import freed, in_batches, in_own_thread, is_out_of_memory, release
 from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 

@@ -16,8 +16,7 @@ import numpy as np
 
 from loractl.common.job.sections import Metric
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.batches import in_batches
-from loractl.worker.base.gauge import in_own_thread
+from loractl.worker.base.gauge import in_batches, in_own_thread
 from loractl.worker.base.model import Learner, measuring
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.token_rows import collate, inputs_of

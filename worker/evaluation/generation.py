@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from loractl.worker.base.batches import in_batches
-from loractl.worker.base.gauge import in_own_thread
+from loractl.worker.base.gauge import in_batches, in_own_thread
 from loractl.worker.base.model import positions_of
 
 

@@ -132,23 +132,14 @@ def build_report(
     (`parallel`); step and loss in `losses` and `eval_losses`; of an earlier version the `companions`, jobs in the same
     process.
     """
-    spec, last = order.spec, data.of_final
+    spec, last, texts = order.spec, data.of_final, data.format is DataFormat.TEXT
     measured = (
         {}
         if final is None or last is None
         else {
             FINAL: {
                 "sha256": last.facts()["final_sha256"],
-                "verdict": verdict(
-                    final.metrics,
-                    final.against,
-                    [*last.doubts("final"), *_unmeasured(final)],
-                    "final",
-                    final.given_away,
-                    resemble=last.resemble,
-                    read_off=last.read_off,
-                    texts=data.format is DataFormat.TEXT,
-                ),
+                "verdict": _verdict_on(final, last, last.doubts("final"), "final", texts=texts),
                 **_evaluation(final),
             }
         }
@@ -162,15 +153,7 @@ def build_report(
         "method": order.method.value,
         "method_why": order.method_why,
         "spec": spec.model_dump(mode="json"),
-        "verdict": verdict(
-            evaluation.metrics,
-            evaluation.against,
-            [*_chosen(spec, course), *data.doubts(), *_unmeasured(evaluation)],
-            given_away=evaluation.given_away,
-            resemble=data.resemble,
-            read_off=data.read_off,
-            texts=data.format is DataFormat.TEXT,
-        ),
+        "verdict": _verdict_on(evaluation, data, [*_chosen(spec, course), *data.doubts()], "held-out", texts=texts),
         "adapter": _adapter(order, learner.model),
         "data": {
             **data.facts(),
@@ -195,9 +178,13 @@ def _chosen(spec: JobSpec, course: TrainingCourse) -> list[str]:
     return [f"These rows chose step {course.kept_step}, so their loss is optimistic."]
 
 
-def _unmeasured(evaluation: Evaluation) -> list[str]:
-    """What the job file's own measures could not measure."""
-    return [scores.doubt for scores in evaluation.own if scores.doubt]
+def _verdict_on(
+    found: Evaluation, data: PreparedData, doubts: Sequence[str], rows: str, *, texts: bool
+) -> dict[str, str]:
+    """On an evaluation and the rows that it measured. Also doubted: what the job file's own measures leave out."""
+    doubts = [*doubts, *(scores.doubt for scores in found.own if scores.doubt)]
+    seen = {"resemble": data.resemble, "read_off": data.read_off}
+    return verdict(found.metrics, found.against, doubts, rows, found.given_away, texts=texts, **seen)
 
 
 def verdict(

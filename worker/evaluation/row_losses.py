@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 
 from loractl.common.job.sections import Metric
-from loractl.worker.base.batches import in_batches
-from loractl.worker.base.gauge import in_own_thread
+from loractl.worker.base.gauge import in_batches, in_own_thread
 from loractl.worker.base.model import Scorer
 from loractl.worker.data.token_rows import collate
 from loractl.worker.data.tokens import IGNORED, TokenRow

@@ -38,7 +38,7 @@ def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings, *, mark
         entry, section = data.get(key), "evaluation" if key == "regression" else "dataset"
         if entry is None:
             _check_hub_data(f"{section}.{key}", named[key])
-        elif not _is_stored(entry):
+        elif not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("uri", "sha256")):
             raise Refused(f"the row says of {section}.{key} no address and hash of a stored data set")
         elif not names_dataset(None if marked else settings.artifacts_url, entry["uri"], entry["sha256"]):
             # no failure of the store: such rows must not make it look broken, and so close cards
@@ -50,11 +50,6 @@ def check_checkpoint(job_id: int, checkpoint: StoredCheckpoint) -> None:
     made = re.fullmatch(rf"jobs/{job_id}/checkpoints/[1-9]\d{{0,8}}-(\d{{1,12}})", str(checkpoint.prefix), re.ASCII)
     if not isinstance(checkpoint.step, int) or made is None or made[1] != str(checkpoint.step):
         raise Refused("the row names a checkpoint of another job")
-
-
-def _is_stored(entry: Any) -> bool:
-    """Whether this has the form of a stored data set."""
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("uri", "sha256"))
 
 
 def may_run_code(spec: JobSpec, settings: Settings) -> bool:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.metadata
 from pathlib import Path
 
 import torch
@@ -17,6 +14,7 @@ from loractl.worker.base.processor import arithmetic
 from loractl.worker.base.source import BaseIdentity
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.engine import passes, ranks
+from loractl.worker.engine.passes.check_cache import code_hash, flash_attention
 from loractl.worker.evaluation.base_measurements import BaseMeasurements, slack
 from loractl.worker.protocol.messages import FileKept
 from loractl.worker.protocol.versions import installed_versions
@@ -28,14 +26,9 @@ WAIT_S = 1.0
 """How long a training waits for the hashes of its base's files: long enough to read those that were noted before."""
 
 
-def _code_hash(*rooms: Path) -> str:
-    content = b"".join(path.read_bytes() for room in rooms for path in sorted(room.glob("*.py")))
-    return hashlib.sha256(content).hexdigest()
-
-
 _ROOMS = base, engine, passes, ranks, evaluation
 
-_CODE = _code_hash(Path(__file__).parent, *(Path(str(room.__file__)).parent for room in _ROOMS))
+_CODE = code_hash(Path(__file__).parent, *(Path(str(room.__file__)).parent for room in _ROOMS))
 """As of the import: an upgrade replaces the files while this process continues with the old code."""
 
 
@@ -89,7 +82,9 @@ def _cache(run: Run, learner: Learner, identity: BaseIdentity) -> BoxCache:
         training.torch_compile,
         run.spec.lora.modules_to_save,
     ]
-    how += [_CODE, *_arithmetic(order.device, order.device_name)]
+    # what decides the last bits besides model, rows and our own code: device, a processor's threads, the libraries
+    facts = arithmetic() if order.device == "cpu" else (order.device_name, torch.version.cuda)
+    how += [_CODE, order.device, *facts, sorted(installed_versions().items()), flash_attention()]
 
     def tell(key: str, sha256: str) -> None:
         run.tell(FileKept(job_id=order.job_id, key=key, sha256=sha256))
@@ -101,17 +96,3 @@ def _cache(run: Run, learner: Learner, identity: BaseIdentity) -> BoxCache:
         tell=tell,
         note=lambda text: run.note("cache", text),
     )
-
-
-def _arithmetic(device: str, device_name: str) -> list[object]:
-    """What decides the last bits of a model's output here, apart from model, rows and our own code: the device, on a
-    processor its threads, and the libraries."""
-    facts = arithmetic() if device == "cpu" else (device_name, torch.version.cuda)
-    return [device, *facts, sorted(installed_versions().items()), _flash_attention()]
-
-
-def _flash_attention() -> str | None:
-    """The version of flash-attn, if installed."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("flash-attn")
-    return None

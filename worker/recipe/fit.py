@@ -21,9 +21,8 @@ from loractl.common.job.adjustment import in_words, next_adjustment
 from loractl.common.job.status import Reason, Stage
 from loractl.common.memory.weights import state_bytes
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
-from loractl.worker.base.batches import in_batches
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.gauge import in_a_sentence, in_own_thread, is_out_of_memory, release
+from loractl.worker.base.gauge import in_a_sentence, in_batches, in_own_thread, is_out_of_memory, release
 from loractl.worker.base.model import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import with_prompts

@@ -15,8 +15,7 @@ from loractl.common.errors import DataError
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.data.check import findings_about
-from loractl.worker.data.packing import packed
-from loractl.worker.data.prepared import FinalRows, PreparedData, prepare_data, prepare_regression, rows_taught
+from loractl.worker.data.prepared import FinalRows, PreparedData, packed, prepare_data, prepare_regression, rows_taught
 from loractl.worker.data.row_forms import with_prompts
 from loractl.worker.protocol.messages import Start, Taught
 

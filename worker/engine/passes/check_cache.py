@@ -54,8 +54,8 @@ class CheckCache:
         return wrong
 
     def _name(self, question: str) -> str:
-        stack = [torch.__version__, transformers.__version__, peft.__version__, bitsandbytes.__version__, _attention()]
-        stack.append(_CODE)
+        stack = [torch.__version__, transformers.__version__, peft.__version__, bitsandbytes.__version__]
+        stack += [flash_attention(), _CODE]
         said = repr([question, *self.about, torch.backends.cpu.get_cpu_capability(), *stack])
         return hashlib.sha256(said.encode()).hexdigest()
 
@@ -68,7 +68,7 @@ def _note(file: Path, said: str = "") -> None:
             old.unlink(missing_ok=True)
 
 
-def _attention() -> str | None:
+def flash_attention() -> str | None:
     """The version of flash-attn, if installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version("flash-attn")
@@ -79,10 +79,11 @@ ROOMS = Path(__file__).parent, Path(kernels.__file__).parent
 """Where our own code is that loads a base, adapts it and runs it."""
 
 
-def _code() -> str:
-    content = b"".join(path.read_bytes() for room in ROOMS for path in sorted(room.glob("*.py")))
+def code_hash(*rooms: Path) -> str:
+    """A hash of our own code in some folders."""
+    content = b"".join(path.read_bytes() for room in rooms for path in sorted(room.glob("*.py")))
     return hashlib.sha256(content).hexdigest()
 
 
-_CODE = _code()
+_CODE = code_hash(*ROOMS)
 """As of the import: an upgrade replaces the files while this process continues with the old code."""

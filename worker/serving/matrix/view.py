@@ -11,8 +11,7 @@ from loractl.common.text import signed
 from loractl.common.units import amount
 from loractl.worker.evaluation.comparison import Compared
 
-from .matrix import Matrix, MatrixRow, reading
-from .scores import ACCURACY, LOSS, ROUGE_L
+from .matrix import ACCURACY, LOSS, ROUGE_L, Matrix, MatrixRow, reading
 
 NAMES = {LOSS: "loss, nats", ACCURACY: "accuracy, %", ROUGE_L: "ROUGE-L, %"}
 
