@@ -81,7 +81,7 @@ hypothesis.settings.load_profile("loractl")
 
 FIRST = (
     "test_chaos.py", "test_examples.py", "test_sweep.py", "test_outages.py", "test_bad_boxes.py", "test_secrets.py",
-    "test_lifecycle.py",
+    "test_lifecycle.py", "test_yielding.py", "test_placement.py",
 )  # fmt: skip
 """What takes long begins early, so that the processes of a run end together; then the folders, the short tests last."""
 
