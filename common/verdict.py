@@ -57,7 +57,7 @@ class MeasuredChange:
     low: float
     high: float
     cases: int
-    unit: str = "nats"
+    unit: str = "nats"  # nats, %, ...
     higher_is_better: bool | None = False  # None: it only describes
 
     @property

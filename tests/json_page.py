@@ -26,6 +26,7 @@ SHARED = {
     "A rung": "common/job/sweep.py:RungPoint",
     "An adapter": "scheduler/adapters/answer.py:StoredAdapter",
     "The data": "worker/data/prepared.py:PreparedData.facts",
+    "A measured change": "common/verdict.py:MeasuredChange",
     "A measure": "worker/evaluation/comparison.py:Compared",
     "A verdict": "common/verdict.py:ReportVerdict",
     "An evaluation": "worker/evaluation/report.py:_evaluation",

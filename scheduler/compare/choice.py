@@ -34,29 +34,21 @@ Column = tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorrectedChange:
+class CorrectedChange(MeasuredChange):
     """The best job's held-out loss against its base, as it would be on rows that did not choose it."""
 
     among: int  # jobs that might be the best; 1: no other comes close, and the choice changes nothing
     results: int  # all that were measured
-    rows: int
-    base: float
-    change: float
-    low: float
-    high: float
 
     @property
     def metric(self) -> dict[str, Any]:
         """As a report holds a metric."""
-        judged = MeasuredChange(base=self.base, change=self.change, low=self.low, high=self.high, cases=self.rows)
-        measured = {"base": self.base, "tuned": self.base + self.change, "change": self.change}
-        told = {"name": "loss", "unit": "nats", "cases": self.rows, "reading": judged.reading}
-        return {**told, **measured, "low": self.low, "high": self.high}
+        return {**vars(self), "name": "loss", "tuned": self.base + self.change, "reading": self.reading}
 
     def as_json(self) -> dict[str, Any]:
         """`among`, `results`, `rows`, `base`, `tuned`, `change`, `low`, `high` and `reading`."""
         kept = ("base", "tuned", "change", "low", "high", "reading")
-        counts = {"among": self.among, "results": self.results, "rows": self.rows}
+        counts = {"among": self.among, "results": self.results, "rows": self.cases}
         return {**counts, **{key: self.metric[key] for key in kept}}
 
 
@@ -81,7 +73,7 @@ def corrected(comparison: Comparison) -> CorrectedChange | None:
     return CorrectedChange(
         among=len(near),
         results=len(measured),
-        rows=len(losses),
+        cases=len(losses),
         base=float(loss["base"]),
         change=change,
         low=low,

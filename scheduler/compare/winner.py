@@ -104,7 +104,7 @@ class SweepComparison:
         far = f" of {change.results}, since the others are too far behind to be the best," * (
             change.among < change.results
         )
-        how = f"Corrected for the choice among {change.among}{far} on the same {change.rows} rows"
+        how = f"Corrected for the choice among {change.among}{far} on the same {change.cases} rows"
         return f"{how}, against the base: {loss}.{also}"
 
     @property

@@ -20,7 +20,14 @@ from loractl.worker.base.gauge import in_batches
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner, load_base, load_tokenizer, positions_of
 from loractl.worker.evaluation.answers import rouge
-from loractl.worker.evaluation.comparison import BOOTSTRAP_SEED, Compared, compare_shares, draws, paired_interval
+from loractl.worker.evaluation.comparison import (
+    BOOTSTRAP_SEED,
+    Compared,
+    Measure,
+    compare_shares,
+    draws,
+    paired_interval,
+)
 from loractl.worker.evaluation.confusion import Labels, label_metrics
 from loractl.worker.evaluation.evaluation import evaluate
 from loractl.worker.evaluation.generation import generate
@@ -40,9 +47,7 @@ def compared(
 ) -> Compared:
     b, t, low, high = paired_interval(base, tuned, weight)
     cases = int((weight > 0).sum())
-    return Compared(
-        name=name, label=name, unit="nats", higher_is_better=higher, cases=cases, base=b, tuned=t, low=low, high=high
-    )
+    return Measure(name=name, label=name, higher_is_better=higher).compared(cases, b, t, low, high)
 
 
 def test_a_clear_gain_is_better_and_a_clear_loss_is_worse() -> None:

@@ -27,7 +27,7 @@ def loss(base: float, tuned: float, spread: float, cases: int = 40) -> Compared:
     change = tuned - base
     return Compared(
         name="loss", label="loss", unit="nats", higher_is_better=False, cases=cases, base=base, tuned=tuned,
-        low=change - spread, high=change + spread,
+        change=change, low=change - spread, high=change + spread,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loractl.common.verdict import MeasuredChange, Reading
+from loractl.common.verdict import MeasuredChange
 
 BOOTSTRAP_SAMPLES = 10_000
 BOOTSTRAP_SEED = 7
@@ -51,42 +51,20 @@ def paired_interval(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compared:
-    """One metric of base and tuned, with a 95% interval of the change from paired bootstrap samples."""
+class Compared(MeasuredChange):
+    """One metric of base and tuned; its interval is from paired bootstrap samples."""
 
     name: str
     label: str
-    unit: str  # nats, %, ...
-    higher_is_better: bool | None  # None: neither is better
-    cases: int
-    base: float
     tuned: float
-    low: float
-    high: float
     unmeasured: int = 0  # cases in which a number of base or tuned is infinite or none
     own: bool = False  # defined by the job file
     decides: bool = False  # the job's evaluation.decide_by
 
-    @property
-    def change(self) -> float:
-        return self.tuned - self.base
-
-    @property
-    def reading(self) -> Reading:
-        return MeasuredChange(
-            base=self.base,
-            change=self.change,
-            low=self.low,
-            high=self.high,
-            cases=self.cases,
-            unit=self.unit,
-            higher_is_better=self.higher_is_better,
-        ).reading
-
     def as_json(self) -> dict[str, Any]:
-        """The fields under their own names, `own` and `decides` only if true; `change`: tuned less base; `reading`:
-        better, worse, no clear change or not known."""
-        facts = {**vars(self), "change": self.change, "reading": self.reading}
+        """What MeasuredChange has, and the fields below under their own names, `own` and `decides` only if true;
+        `change`: tuned less base; `reading`: better, worse, no clear change or not known."""
+        facts = {**vars(self), "reading": self.reading}
         return {key: value for key, value in facts.items() if value or key not in ("own", "decides")}
 
 
@@ -112,7 +90,10 @@ class Measure:
         self, cases: int, base: float, tuned: float, low: float, high: float, *, unmeasured: int = 0
     ) -> Compared:
         """With an interval that is already known."""
-        return Compared(**vars(self), cases=cases, base=base, tuned=tuned, low=low, high=high, unmeasured=unmeasured)
+        return Compared(
+            **vars(self), cases=cases, base=base, tuned=tuned, change=tuned - base, low=low, high=high,
+            unmeasured=unmeasured,
+        )  # fmt: skip
 
 
 def percent(name: str, label: str) -> Measure:

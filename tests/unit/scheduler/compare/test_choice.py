@@ -74,7 +74,7 @@ def test_many_rows_are_drawn_in_groups() -> None:
         report = {**one.report, "evaluation": {**one.report["evaluation"], "row_losses": losses * 50}}
         many.append(FinishedJob(job_id=one.job_id, spec=one.spec, report=report))
     wide, narrow = corrected(compared(few)), corrected(compared(many))
-    assert wide is not None and narrow is not None and narrow.rows == 2000
+    assert wide is not None and narrow is not None and narrow.cases == 2000
     assert narrow.high - narrow.low < (wide.high - wide.low) / 3
 
 
