@@ -28,9 +28,8 @@ def usage_text(answer: UsageTable, screen: Screen) -> str:
     if len(rows) > 1:
         rows.append(_cells(answer.total))
     notes = (
-        f"Hours of whole cards {since}, what runs now included: a part of a card counts as its GiB of the card's, a "
-        "base that jobs share is divided among them. LOST: steps after the last checkpoint of attempts that failed. "
-        "WAITED: until attempts began. JOBS: ended."
+        f"Hours of whole cards {since}, what runs now included: a part of a card counts as its GiB of the card's. "
+        "LOST: steps after the last checkpoint of attempts that failed. WAITED: until attempts began. JOBS: ended."
     )
     lines = table(headers, rows, screen, right=tuple(headers[1:]))
     return "\n".join([*lines, "", *map(screen.dim, wrapped(notes, "", screen))])

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from loractl.common.errors import LoractlError
+from loractl.common.errors import LoractlError, UsageError
+
+if TYPE_CHECKING:
+    from .access import Access
+
+AT_ONCE = 200
+"""Requests answered at a time, beside connections that wait; further ones are asked to come later."""
 
 
 @click.command()
@@ -32,14 +41,13 @@ def web(host: str, port: int, always: bool, names: tuple[str, ...]) -> None:
 
     from .access import access_to
     from .pages.shelf import ReportShelf
-    from .server import listen
     from .site import make_site
 
     settings = load_settings()
     access = access_to(host, settings.home, names, always=always)
     store = Store(connect_to_read(settings))
     shelf = ReportShelf(store, lambda: open_to_read(settings, store))
-    listen(make_site(store, shelf, access), host, port, access, lambda text: click.echo(text, err=True))
+    _listen(make_site(store, shelf, access), host, port, access)
 
 
 def _require_web() -> None:
@@ -52,3 +60,42 @@ def _require_web() -> None:
         raise LoractlError(
             "loractl web needs starlette, jinja2, uvicorn and prometheus_client", "pip install 'loractl[web]'"
         ) from error
+
+
+def _listen(app: Any, host: str, port: int, access: Access) -> None:
+    """Serve until Ctrl-C or SIGTERM, with the address on stderr. Raises UsageError if nothing can listen there."""
+    import uvicorn
+
+    from loractl.common.listener import KEEP_ALIVE_S, WAITING, Connection, Listener, check_port
+
+    check_port(host, port)
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        http=Connection,
+        limit_concurrency=WAITING + AT_ONCE,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=3,
+    )
+    server = Listener(config, lambda at: click.echo(_address(host, at.rpartition(":")[2], access), err=True))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run()
+    except SystemExit as error:  # the port was taken in between; uvicorn has said why
+        raise UsageError(f"can't listen on {host}:{port}", "choose another --host or --port") from error
+
+
+def _address(host: str, port: str, access: Access) -> str:
+    from .access import is_loopback
+
+    name = "localhost" if is_loopback(host) else host
+    if host in ("0.0.0.0", "::"):  # noqa: S104  all addresses: a person opens one of them
+        name = min(access.names - {"localhost"}, key=lambda name: (len(name), name), default="localhost")
+    name = f"[{name}]" if ":" in name else name
+    token = "" if access.token is None else f"?token={access.token}"
+    return f"The lab's page: http://{name}:{port}/{token}  (read-only; Ctrl-C ends it)"
