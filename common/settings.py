@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from .channels import Channel, channel_names, read_channels
 from .errors import LoractlError, UsageError
-from .units import parse_duration, parse_size
+from .units import parse_size, seconds_of
 
 _KEYS = (
     "database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "store_patience", "user", "host",
@@ -146,7 +146,7 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         redis_url=get("redis_url", None),
         artifacts_url=get("artifacts_url", None) or (home / "artifacts").as_uri(),
         devices=get("devices", None),
-        store_patience_s=_seconds("store_patience", get("store_patience", "1h")),
+        store_patience_s=seconds_of("LORACTL_STORE_PATIENCE", get("store_patience", "1h") or "0"),
         trainer_ram=_size("trainer_ram", get("trainer_ram", None)),
         user=_user(get("user", None) or _login()),
         host=_host(get("host", None) or socket.gethostname()),
@@ -208,15 +208,8 @@ def _size(key: str, text: str | None) -> int | None:
         raise UsageError(f"LORACTL_{key.upper()} {text!r} {error}") from error
 
 
-def _seconds(key: str, text: str | None) -> float:
-    try:
-        return parse_duration(text or "0")
-    except ValueError as error:
-        raise UsageError(f"LORACTL_{key.upper()}: {text!r} {error}") from None
-
-
 def _lease(text: str | None) -> float:
-    seconds = LEASE_S if text is None else _seconds("lease", text)
+    seconds = LEASE_S if text is None else seconds_of("LORACTL_LEASE", text)
     if not LEAST_LEASE_S <= seconds <= 3600:
         raise UsageError(f"LORACTL_LEASE {text!r} is not between {LEAST_LEASE_S:.0f}s and 1h")
     return seconds

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+from collections.abc import Callable
+
+from .errors import UsageError
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
@@ -47,6 +50,23 @@ def parse_size(text: str | int) -> int:
     if not match[2] and 0 < float(match[1]) < LEAST_WITHOUT_UNIT:
         raise ValueError(f"is not a size: it has no unit; write {match[1]}GiB or {match[1]}MiB")
     return int(float(match[1]) * units[match[2].lower()])
+
+
+def size_of(source: str, text: str) -> int:
+    """The bytes that an option or a variable asks for. Raises UsageError with its name."""
+    return int(_asked(parse_size, source, text))
+
+
+def seconds_of(source: str, text: str) -> float:
+    """The seconds that an option or a variable asks for. Raises UsageError with its name."""
+    return _asked(parse_duration, source, text)
+
+
+def _asked(parse: Callable[[str], float], source: str, text: str) -> float:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise UsageError(f"{source}: {text!r} {error}") from None
 
 
 def parse_duration(text: str | int | float) -> float:

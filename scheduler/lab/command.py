@@ -199,12 +199,9 @@ def _guests(boxes: tuple[str, ...], people: tuple[str, ...]) -> list[Any]:
 
 def _validity(text: str) -> float:
     from loractl.common.errors import UsageError
-    from loractl.common.units import parse_duration
+    from loractl.common.units import seconds_of
 
-    try:
-        seconds = parse_duration(text)
-    except ValueError as error:
-        raise UsageError(f"--valid: {text!r} {error}") from None
+    seconds = seconds_of("--valid", text)
     if not 1 <= seconds <= 7 * 24 * 3600:
         raise UsageError(f"--valid: {text!r} is not between 1s and 7d", "like 1h")
     return seconds
@@ -266,12 +263,9 @@ def doctor(patience: str, names: tuple[str, ...], service: bool, as_json: bool) 
 
 def _patience(text: str) -> float:
     from loractl.common.errors import UsageError
-    from loractl.common.units import parse_duration
+    from loractl.common.units import seconds_of
 
-    try:
-        seconds = parse_duration(text)
-    except ValueError as error:
-        raise UsageError(f"--patience: {text!r} {error}") from None
+    seconds = seconds_of("--patience", text)
     if not 0 < seconds <= 3600:
         raise UsageError(f"--patience: {text!r} is not between 0 and 1h", "like 10s")
     return seconds

@@ -93,9 +93,6 @@ def _accuracy(store: Store, as_json: bool) -> None:
 
 
 def _card_size(text: str | None) -> int | None:
-    from loractl.common.units import parse_size
+    from loractl.common.units import size_of
 
-    try:
-        return None if text is None else parse_size(text)
-    except ValueError as error:
-        raise UsageError(f"--gpu: {text!r} {error}") from None
+    return None if text is None else size_of("--gpu", text)

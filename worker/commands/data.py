@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from loractl.common.errors import ExitCode, UsageError
+from loractl.common.errors import ExitCode
 from loractl.common.job.file import load_spec
 from loractl.common.progress import progress_bar
 
@@ -82,13 +82,10 @@ def _room(gpu: str | None) -> int | None:
     """Bytes of the card to recommend for: the given one, or the largest that has reported here."""
     from loractl.common.placement.cards import MARGIN_BYTES
     from loractl.common.settings import load_settings
-    from loractl.common.units import parse_size
+    from loractl.common.units import size_of
 
     if gpu is not None:
-        try:
-            return max(0, parse_size(gpu) - MARGIN_BYTES)
-        except ValueError as error:
-            raise UsageError(f"--gpu: {gpu!r} {error}") from None
+        return max(0, size_of("--gpu", gpu) - MARGIN_BYTES)
     settings = load_settings()
     if settings.embedded_database and not settings.home.exists():
         return None  # don't create a database just to look at data

@@ -10,7 +10,7 @@ import click
 
 from loractl.common.errors import UsageError
 
-from .terminal import tell, warn
+from .terminal import GPU, IN_4BIT, tell, warn
 
 
 @click.command()
@@ -36,12 +36,8 @@ from .terminal import tell, warn
     help="The longest answer, in tokens.",
 )
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Rows at a time.")
-@click.option(
-    "--load-in-4bit/--no-load-in-4bit",
-    default=None,
-    help="The base in NF4, or not; else as most of the adapters were trained.",
-)
-@click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the freest, or the CPU.")
+@IN_4BIT
+@GPU
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),

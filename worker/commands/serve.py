@@ -10,7 +10,7 @@ import click
 
 from loractl.common.errors import LoractlError, UsageError
 
-from .terminal import warn
+from .terminal import GPU, IN_4BIT, warn
 
 KEY_VARIABLE = "LORACTL_API_KEY"
 
@@ -41,11 +41,7 @@ KEY_VARIABLE = "LORACTL_API_KEY"
     metavar="T",
     help="For requests that don't set one.",
 )
-@click.option(
-    "--load-in-4bit/--no-load-in-4bit",
-    default=None,
-    help="The base in NF4, or not; else as most of the adapters were trained.",
-)
+@IN_4BIT
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
@@ -53,7 +49,7 @@ KEY_VARIABLE = "LORACTL_API_KEY"
     show_default=True,
     help="Number format; auto as in training.",
 )
-@click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the freest, or the CPU.")
+@GPU
 def serve(**options: Any) -> None:
     """Serve a base and its adapters over an OpenAI-compatible API.
 
@@ -65,9 +61,12 @@ def serve(**options: Any) -> None:
     host, port, temperature = (options.pop(name) for name in ("host", "port", "temperature"))
     _require_fastapi()
     _check_exposure(host, key)
-    sizes = {name: _size(options, name) for name in ("adapter_memory", "cache_memory")}
     from loractl.common.listener import check_port
     from loractl.common.settings import load_settings
+    from loractl.common.units import size_of
+
+    for name, option in (("adapter_memory", "--adapter-memory"), ("cache_memory", "--cache-memory")):
+        options[name] = None if options[name] is None else size_of(option, options[name])
 
     check_port(host, port)
     from loractl.worker.serving.http.application import make_app
@@ -75,7 +74,7 @@ def serve(**options: Any) -> None:
     from loractl.worker.serving.library import Library
 
     library = Library(load_settings(), warn)
-    engine, names = load_served(library, ServeOptions(**{**options, **sizes}), _tell, warn)
+    engine, names = load_served(library, ServeOptions(**options), _tell, warn)
     listen(make_app(engine, names, library, key=key, temperature=temperature), host, port, _tell)
 
 
@@ -102,17 +101,6 @@ def _check_exposure(host: str, key: str | None) -> None:
             f"--host {host} lets others on the network use this machine, and no key is set",
             f"set {KEY_VARIABLE}, or leave --host at 127.0.0.1",
         )
-
-
-def _size(options: dict[str, Any], name: str) -> int | None:
-    """The bytes of a size option; None if it was not given. Raises UsageError."""
-    from loractl.common.units import parse_size
-
-    text = options[name]
-    try:
-        return None if text is None else parse_size(text)
-    except ValueError as error:
-        raise UsageError(f"--{name.replace('_', '-')}: {text!r} {error}") from None
 
 
 def _tell(text: str) -> None:

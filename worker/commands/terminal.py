@@ -17,6 +17,15 @@ _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _HARMLESS = "\n\t\u200c\u200d"
 
 
+GPU = click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the freest, or the CPU.")
+
+IN_4BIT = click.option(
+    "--load-in-4bit/--no-load-in-4bit",
+    default=None,
+    help="The base in NF4, or not; else as most of the adapters were trained.",
+)
+
+
 def answering(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that every answering command has."""
     options = (
@@ -38,7 +47,7 @@ def answering(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Draw from the likeliest tokens that make up this share.",
         ),
         click.option("--seed", type=click.IntRange(0), metavar="S", help="Draw the same answer again."),
-        click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the freest, or the CPU."),
+        GPU,
     )  # fmt: skip
     for option in reversed(options):
         command = option(command)

@@ -111,7 +111,7 @@ def worker(
     from loractl.common.settings import load_settings
     from loractl.common.store.database import connect, make_engine
     from loractl.common.store.store import Store
-    from loractl.common.units import clock, duration, gib
+    from loractl.common.units import clock, duration, gib, seconds_of, size_of
     from loractl.worker.allowance import allowed_cores, threads_of_trainer
     from loractl.worker.device.devices import find_devices, order_of_numbers
     from loractl.worker.node.box import Box
@@ -126,16 +126,16 @@ def worker(
     settings.require_channels()
     settings.require_home()
     options: dict[str, Any] = {
-        "margin": _size(reserve),
-        "high_water_s": _seconds("--high-water", high_water),
+        "margin": size_of("--reserve", reserve),
+        "high_water_s": seconds_of("--high-water", high_water),
         "max_jobs": max_jobs_per_gpu,
         "user_limit": max_jobs_per_user,
         "keeps_jobs": keep_jobs,
         "labels": _labels(labels),
         "fork_server": fork_server,
     }
-    now, grace_s = dt.datetime.now(dt.UTC), None if grace is None else _seconds("--grace", grace)
-    window = read_window(until, None if lasts is None else _seconds("--for", lasts), grace_s, os.environ, now)
+    now, grace_s = dt.datetime.now(dt.UTC), None if grace is None else seconds_of("--grace", grace)
+    window = read_window(until, None if lasts is None else seconds_of("--for", lasts), grace_s, os.environ, now)
     connect(settings).dispose()  # checks that the schema is of this version
     store = Store(make_engine(settings.database_url, kept=0))  # keeps no connection: it is used every ten seconds
     artifacts = open_lab_store(settings, store)
@@ -173,16 +173,6 @@ def _require_store(artifacts: ArtifactStore) -> None:
         click.echo(f"Warning: {error.sentence}.", err=True)
 
 
-def _size(text: str) -> int:
-    from loractl.common.errors import UsageError
-    from loractl.common.units import parse_size
-
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise UsageError(f"--reserve: {text!r} {error}") from None
-
-
 def _warn_of(option: str, what: str) -> None:
     """Say what has become of an option of an earlier release."""
     from click.core import ParameterSource
@@ -190,16 +180,6 @@ def _warn_of(option: str, what: str) -> None:
     by_variable = click.get_current_context().get_parameter_source(option) is ParameterSource.ENVIRONMENT
     named = f"LORACTL_{option.upper()}" if by_variable else f"--{option.replace('_', '-')}"
     click.echo(f"Warning: {named} {what}. The next release refuses it.", err=True)
-
-
-def _seconds(option: str, text: str) -> float:
-    from loractl.common.errors import UsageError
-    from loractl.common.units import parse_duration
-
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise UsageError(f"{option}: {text!r} {error}") from None
 
 
 def _labels(pairs: tuple[str, ...]) -> dict[str, str]:

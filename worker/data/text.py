@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from loractl.common.data.fields import SIDES
-from loractl.common.data.findings import Finding
 from loractl.common.errors import DataError, UsageError
 from loractl.common.job.kinds import PAIRS
 from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec, Overflow
@@ -95,7 +94,9 @@ def check_text(spec: JobSpec, checked: Checked, tokenizer: Any, *, styled: bool)
     if checked.findings:
         lines.append("")
     for finding in sorted(checked.findings, key=lambda finding: list(COLORS).index(finding.level)):
-        lines += _finding(finding)
+        level = click.style(f"{finding.level:<8}", fg=COLORS[finding.level])
+        lines.append(level + " " + clean_text(f"{finding.kind}: {finding.sentence}."))
+        lines += [f"         Hint: {finding.hint}."] if finding.hint else []
     counts = [(n, word) for word in ("error", "warning") if (n := sum(f.level == word for f in checked.findings))]
     told = ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts) or "Nothing wrong was found"
     return "\n".join([*lines, f"\n{told}.", *checked.advice])
@@ -162,12 +163,6 @@ def _labels(checked: Checked) -> list[str]:
         f"{clean_text(name)[:23]:<24}{rows['train']:>12}{rows['held_out']:>10}" for name, rows in most[:SHOWN_LABELS]
     ]
     return [*lines, f"and {len(most) - SHOWN_LABELS} more"] if len(most) > SHOWN_LABELS else lines
-
-
-def _finding(finding: Finding) -> list[str]:
-    level = click.style(f"{finding.level:<8}", fg=COLORS[finding.level])
-    lines = [level + " " + clean_text(f"{finding.kind}: {finding.sentence}.")]
-    return [*lines, f"         Hint: {finding.hint}."] if finding.hint else lines
 
 
 def _noun(format: DataFormat) -> str:

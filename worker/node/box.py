@@ -79,7 +79,10 @@ class Box:
         self._window = window
         self._grace_s = None if grace_s is None else GRACE_USED * grace_s
         self._stop_until: float | None = None  # set while stopping: the deadline, after which it stops at once
-        timed = {"grace_s": self._grace_s, **({} if window is None else _timed(window, store))}
+        timed = {"grace_s": self._grace_s}
+        if window is not None:  # by the database's time, since this machine's clock may differ
+            left_s = (window.stops - dt.datetime.now(dt.UTC)).total_seconds()
+            timed |= {"until": store.now().timestamp() + left_s, "window_s": left_s}
         self._window_s = timed.get("window_s") or 0.0
         self._options = json.dumps({**options, **timed, "devices": len(devices)})
         self._labels: dict[str, str] = options.get("labels") or {}
@@ -377,12 +380,6 @@ class Box:
 
     def _name(self, device: Device) -> str:
         return f"{self._settings.host}:{device.number}"
-
-
-def _timed(window: Window, store: Store) -> dict[str, float]:
-    """The window as nodes get it: by the database's time, since this machine's clock may differ."""
-    left_s = (window.stops - dt.datetime.now(dt.UTC)).total_seconds()
-    return {"until": store.now().timestamp() + left_s, "window_s": left_s}
 
 
 def _numbers(job_ids: Sequence[int]) -> str:

@@ -214,18 +214,14 @@ class Brake(TrainerCallback):
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._run.go_on()  # a step of many micro-batches may take longer than a silence may last
-        self._obey(control)
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._obey(control)
+        self.on_step_end(args, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._obey(control)
-
-    def _obey(self, control: Any) -> None:
         if self._run.stop.came.is_set():
             control.should_training_stop = True
             control.should_save = self._run.stop.saves.is_set()
+
+    on_prediction_step = on_step_end
 
 
 def fit(

@@ -136,20 +136,18 @@ class Teller(TrainerCallback):
     def tell(self, metrics: dict[str, float] | None = None) -> None:
         """Report the step that the training has reached."""
         self._told = time.monotonic()
-        recorder = self._recorder
         left, spread = self._left()
-        self._run.tell(
-            Stepped(
-                job_id=self._run.order.job_id,
-                step=recorder.steps,
-                total_steps=recorder.total_steps,
-                metrics=metrics or {},
-                tokens_per_second=recorder.tokens_per_second,
-                eta_seconds=left,
-                eta_spread_seconds=spread,
-                peaks=self._run.gauge.look(),
-            )
+        self._tell_step(
+            metrics=metrics or {},
+            tokens_per_second=self._recorder.tokens_per_second,
+            eta_seconds=left,
+            eta_spread_seconds=spread,
+            peaks=self._run.gauge.look(),
         )
+
+    def _tell_step(self, **more: Any) -> None:
+        job_id, recorder = self._run.order.job_id, self._recorder
+        self._run.tell(Stepped(job_id=job_id, step=recorder.steps, total_steps=recorder.total_steps, **more))
 
     def _pace(self) -> Pace:
         return Pace(
@@ -192,17 +190,12 @@ class Teller(TrainerCallback):
             elif now - said > SAID_EVERY_S:
                 said = now
                 self._run.say(f"{done} of {of} rows and answers done   {duration(left)} left")
-            self._run.tell(
-                Stepped(
-                    job_id=self._run.order.job_id,
-                    step=self._recorder.steps,
-                    total_steps=self._recorder.total_steps,
-                    eta_seconds=left,
-                    eta_spread_seconds=left,  # the length of the answers is unknown
-                    evaluated=done,
-                    to_evaluate=of,
-                    peaks=self._run.gauge.look(),
-                )
+            self._tell_step(
+                eta_seconds=left,
+                eta_spread_seconds=left,  # the length of the answers is unknown
+                evaluated=done,
+                to_evaluate=of,
+                peaks=self._run.gauge.look(),
             )
 
         return tell
@@ -211,8 +204,7 @@ class Teller(TrainerCallback):
         """Report the tuned model's held-out loss: a sweep's jobs are compared by it, without their reports."""
         loss = next((metric.tuned for metric in evaluation.metrics if metric.name == "loss"), math.nan)
         if math.isfinite(loss):
-            job_id, steps, of = self._run.order.job_id, self._recorder.steps, self._recorder.total_steps
-            self._run.tell(Stepped(job_id=job_id, step=steps, total_steps=of, metrics={HELD_OUT_LOSS: loss}))
+            self._tell_step(metrics={HELD_OUT_LOSS: loss})
 
 
 def remaining(step_times: Sequence[float], steps: int) -> tuple[float | None, float | None]:

@@ -19,10 +19,8 @@ from loractl.common.artifacts import ArtifactStore, Binding, Manifest, StoredFil
 from loractl.common.errors import ArtifactError, NotStorable, ResultTaken, ServiceUnreachable, WrongStore
 from loractl.common.settings import load_settings
 
-Arguments = list[Any]
 
-
-def carry_out(store: ArtifactStore, name: str, arguments: Arguments) -> Any:
+def carry_out(store: ArtifactStore, name: str, arguments: list[Any]) -> Any:
     """Do what the node asks; the answer is JSON. Raises what the store raises."""
     return _CALLS[name](store, *arguments)
 
@@ -38,17 +36,12 @@ def as_answer(error: Exception) -> dict[str, Any]:
         return {"kind": "wrong store", "facts": [error.facts[1], error.facts[3]]}
     if isinstance(error, ServiceUnreachable):
         return {"kind": "unreachable", "facts": list(error.facts)}
-    if isinstance(error, ResultTaken):
-        return {"kind": "taken", "facts": [error.sentence, error.hint]}
-    if isinstance(error, NotStorable):
-        return {"kind": "not storable", "facts": [error.sentence, error.hint]}
     if isinstance(error, ArtifactError):
-        return {"kind": "artifact", "facts": [error.sentence, error.hint]}
+        own = "taken" if isinstance(error, ResultTaken) else "not storable" if isinstance(error, NotStorable) else None
+        return {"kind": own or "artifact", "facts": [error.sentence, error.hint]}
     if isinstance(error, OSError):
-        return {
-            "kind": "os",
-            "facts": [error.errno, error.strerror or str(error), error.filename and str(error.filename)],
-        }
+        named = error.filename and str(error.filename)
+        return {"kind": "os", "facts": [error.errno, error.strerror or str(error), named]}
     return {"kind": "other", "facts": [repr(error)]}
 
 
