@@ -18,7 +18,7 @@ from loractl.common.store.records import Beat
 from loractl.worker.protocol.messages import Stop
 
 from .attempt import SupervisedAttempt
-from .workplace import STOP_SHARE, Drain, Workplace
+from .workplace import STOP_SHARE, Workplace
 
 log = logging.getLogger("loractl.worker")
 
@@ -59,17 +59,14 @@ def wanted_stop(place: Workplace, attempt: SupervisedAttempt) -> StopWish | None
         return StopWish(reason=Reason.TIMED_OUT, message=why, save=True, grace_s=DRAIN_GRACE_S)
     if place.drain.wish is not None:
         why = _why_drained(place, attempt, "the worker is being stopped")
-        return StopWish(reason=Reason.DRAINED, message=why, save=True, grace_s=_stop_s(place.drain))
+        grace_s = DRAIN_GRACE_S if place.drain.grace_s is None else STOP_SHARE * place.drain.grace_s
+        return StopWish(reason=Reason.DRAINED, message=why, save=True, grace_s=grace_s)
     if attempt.wishes.card_drained is not None:
         return StopWish(reason=Reason.DRAINED, message=attempt.wishes.card_drained, save=True, grace_s=DRAIN_GRACE_S)
     if attempt.wishes.preempted_by is not None:  # last: it waits for the step, and the others for no longer than theirs
         why = f"gave way to job {attempt.wishes.preempted_by}"
         return StopWish(reason=Reason.PREEMPTED, message=why, save=True, grace_s=SILENCE_S)
     return None
-
-
-def _stop_s(drain: Drain) -> float:
-    return DRAIN_GRACE_S if drain.grace_s is None else STOP_SHARE * drain.grace_s
 
 
 def _why_drained(place: Workplace, attempt: SupervisedAttempt, stopped: str) -> str:

@@ -136,7 +136,10 @@ def _carry_out(place: Workplace, attempt: SupervisedAttempt) -> tuple[Reason, st
         attempt.unwritten.pending = replace(attempt.unwritten.pending, stage=Stage.STORING)
         if taken is None:
             while_beating(place, attempt, lambda: mark_ready(attempt.folder, attempt.claim, message))
-        _say_what_is_stored(attempt)
+        # a large result on a slow connection takes long: history and log say what is happening
+        files = [path for path in (attempt.folder / "result").rglob("*") if path.is_file()]
+        size = amount(sum(path.stat().st_size for path in files))
+        attempt.phase(Stage.STORING, f"stores {len(files)} files, {size}, and reads them back")
         attempt.unwritten.pending = replace(attempt.unwritten.pending, result_host=place.settings.host)
         return reason, message, _with_patience(place, attempt, store_result, _not_stored)
     except Interrupted:
@@ -147,13 +150,6 @@ def _carry_out(place: Workplace, attempt: SupervisedAttempt) -> tuple[Reason, st
         # our own bug, but the job must still say at once why it ended
         log.exception("job %s: the supervisor failed", attempt.claim.job_id)
         return Reason.TRAINER_ERROR, f"the supervisor failed: {error!r}", None
-
-
-def _say_what_is_stored(attempt: SupervisedAttempt) -> None:
-    """A large result on a slow connection takes long: history and log say what is happening."""
-    files = [path for path in (attempt.folder / "result").rglob("*") if path.is_file()]
-    size = amount(sum(path.stat().st_size for path in files))
-    attempt.phase(Stage.STORING, f"stores {len(files)} files, {size}, and reads them back")
 
 
 def _watch(place: Workplace, attempt: SupervisedAttempt) -> CallWatch:

@@ -191,16 +191,11 @@ def _kept(folder: Path) -> TokenSet | None:
         if counts.pop("sha256") == _sums(folder):
             return TokenSet(rows=TokenRows.load(folder), **counts)
     if folder.exists():
-        _remove(folder)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent))
+        with contextlib.suppress(OSError):
+            folder.rename(aside / "torn")  # gone at once for every reader, unless another trainer was first
+        shutil.rmtree(aside, ignore_errors=True)
     return None
-
-
-def _remove(folder: Path) -> None:
-    """Remove it at once for every reader."""
-    aside = Path(tempfile.mkdtemp(dir=folder.parent))
-    with contextlib.suppress(OSError):
-        folder.rename(aside / "torn")  # unless another trainer was first
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _keep(tokens: TokenSet, folder: Path) -> None:

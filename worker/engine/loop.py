@@ -196,7 +196,8 @@ class TrainingLoop:
         if self.control.should_save:
             self._save()
         if self._in_epoch and (self.ended or self.state.global_step % self.order.windows == 0):
-            self._end_epoch()
+            self._in_epoch = False
+            self._tell("on_epoch_end")
 
     def resume(self, folder: Path) -> None:
         """Resume from a checkpoint. Raises TrainingFailed for one that does not belong to it, and what reading raises.
@@ -308,10 +309,6 @@ class TrainingLoop:
         if self.control.should_log:
             mean = self._log.take(self.state.global_step)
             self._say({"loss": mean, "grad_norm": norm.item(), "learning_rate": float(rate)})
-
-    def _end_epoch(self) -> None:
-        self._in_epoch = False
-        self._tell("on_epoch_end")
 
     def _abandon_window(self) -> None:
         """Return to the end of the last step: a checkpoint of a half-learned window would need its gradients."""

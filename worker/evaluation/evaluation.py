@@ -84,7 +84,10 @@ def evaluate(
     work = work.with_shots(data, spec, learner.tokenizer, positions_of(learner.model) or made_for)
     base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept)
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
-    labels = _labels(work, base, tuned) if work.labelled else None
+    labels = None
+    if work.labelled:
+        said = ([text for text, _ in measured.labels] for measured in (base, tuned))
+        labels = Labels.of(work.labels, [prompt.expected for prompt in work.labelled], *said)
     own = own_scores(answers, spec.evaluation, frozenset(data.given_away))
     wanted, stops = spec.evaluation.wanted, data.format is not DataFormat.TEXT
     given_away = np.isin(work.numbers, data.given_away)
@@ -345,8 +348,3 @@ def _question(learner: Learner, work: Work, spec: JobSpec) -> str:
         for prompt in prompts:
             found.update(json.dumps(prompt.ids).encode())
     return found.hexdigest()
-
-
-def _labels(work: Work, base: MeasuredModel, tuned: MeasuredModel) -> Labels:
-    said = ([text for text, _ in measured.labels] for measured in (base, tuned))
-    return Labels.of(work.labels, [prompt.expected for prompt in work.labelled], *said)

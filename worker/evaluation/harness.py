@@ -100,7 +100,8 @@ def find_tasks(spec: JobSpec, folder: str | None) -> Any:
     manager = _manager(names, folder)
     # lm_eval takes an unknown name for the path of a YAML file
     if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise TrainingFailed(Reason.BAD_SPEC, f"{KEY}: no task of {_places(folder)} is named {', '.join(unknown)}")
+        where = f"lm_eval {version(PACKAGE)} on this worker" + (" or of its owner's folder" if folder else "")
+        raise TrainingFailed(Reason.BAD_SPEC, f"{KEY}: no task of {where} is named {', '.join(unknown)}")
     for task in _load(manager, names)["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False):
             what = "runs what the model writes as a program, which loractl does not allow"
@@ -189,11 +190,6 @@ def _indexed(folder: str | None, *, packaged: bool) -> Any:
     return TaskManager(include_path=folder, include_defaults=packaged)
 
 
-def _places(folder: str | None) -> str:
-    own = " or of its owner's folder" if folder else ""
-    return f"lm_eval {version(PACKAGE)} on this worker{own}"
-
-
 def _load(manager: Any, names: list[str]) -> Any:
     """All of them; they may not overlap. Raises TrainingFailed with the name of the first that can't be loaded."""
     try:
@@ -256,16 +252,10 @@ def _wrapped(model: Any, tokenizer: Any, batch: int, check_stop: Callable[[], No
             check_stop()
             return super()._model_generate(*args, **kwargs)
 
-    with _ties_as_they_are(model):
-        return Stoppable(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-
-
-@contextlib.contextmanager
-def _ties_as_they_are(model: Any) -> Iterator[None]:
-    """HFLM ties embeddings and head again, which fails if peft has replaced them with a fully trained module."""
+    # HFLM ties embeddings and head again, which fails if peft has replaced them with a fully trained module
     model.tie_weights = lambda: None
     try:
-        yield
+        return Stoppable(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     finally:
         del model.tie_weights
 

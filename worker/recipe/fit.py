@@ -33,7 +33,6 @@ from loractl.worker.engine.loss import forget, meet, window_of
 from loractl.worker.engine.passes.forward import ForwardPass
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.saved_state import read_snapshot
-from loractl.worker.evaluation.stretches import Stretch
 from loractl.worker.protocol.messages import Again
 
 from .arguments import name_project, training_arguments
@@ -73,16 +72,12 @@ def try_longest(loop: TrainingLoop, learner: Learner, data: PreparedData, run: R
     try:
         if failure is not None:
             raise DoesNotFit(failure)  # outside the handler: neither the error nor its context may hold tensors
-        _tell_attention(loop.forward, run)
+        if isinstance(loop.forward, LeanPass) and loop.forward.by_row is not None:
+            # a card starts kernels for each row: a step of many short rows may take several times as long
+            run.note("engine", f"attention goes row by row: {loop.forward.by_row}")
         _try_evaluation(loop, learner, data, run)
     finally:
         held.clear()
-
-
-def _tell_attention(forward: ForwardPass, run: Run) -> None:
-    """Report why a card starts kernels for each row: that may make a step of many short rows several times as long."""
-    if isinstance(forward, LeanPass) and forward.by_row is not None:
-        run.note("engine", f"attention goes row by row: {forward.by_row}")
 
 
 def largest_batch(data: PreparedData, run: Run, loop: TrainingLoop) -> list[TokenRow]:
@@ -161,7 +156,10 @@ class Callbacks:
 
     @classmethod
     def of(cls, run: Run, learner: Learner, data: PreparedData, checkpoint: Checkpoint | None) -> Callbacks:
-        work, final = (_stretches(some, run, learner) for some in (data, data.of_final))
+        work, final = (
+            [] if some is None else run.kind.stretches(run.spec, some, learner.tokenizer)
+            for some in (data, data.of_final)
+        )
         proof, recorder = ResumeProof.of(learner, data), Recorder(data.train.tokens)
         best = BestKeeper(run, recorder)
         teller = Teller(run, recorder, work, final)
@@ -169,11 +167,6 @@ class Callbacks:
         # the check and the brake come first: the others must not see a wrong model or a NaN loss
         order = (ResumeCheck(run, proof, checkpoint), Brake(run), recorder, best, closer, teller)
         return cls(checkpoint=checkpoint, proof=proof, recorder=recorder, best=best, teller=teller, in_order=order)
-
-
-def _stretches(data: PreparedData | None, run: Run, learner: Learner) -> list[Stretch]:
-    """The work of an evaluation."""
-    return [] if data is None else run.kind.stretches(run.spec, data, learner.tokenizer)
 
 
 SKIPS = 20

@@ -72,17 +72,15 @@ class OtherRanks:
             env={**os.environ, **rank.environment},
         )
         assert process.stdin is not None
-        process.stdin.write(encode(self._order_of(rank)))
+        own = {"rank": rank.rank, "node": rank.node, "gpu": rank.gpu, "device": rank.device}
+        order = self.order.model_copy(update={**own, "memory_limit": rank.memory_limit})
+        process.stdin.write(encode(order))
         process.stdin.flush()
         watcher = threading.Thread(
             target=self._watch, args=(rank, process, kills), name=f"rank {rank.rank}", daemon=True
         )
         watcher.start()
         return watcher
-
-    def _order_of(self, rank: Rank) -> Start:
-        own = {"rank": rank.rank, "node": rank.node, "gpu": rank.gpu, "device": rank.device}
-        return self.order.model_copy(update={**own, "memory_limit": rank.memory_limit})
 
     def _watch(self, rank: Rank, process: subprocess.Popen[str], kills: int | None) -> None:
         """Watch a process until it has ended; end the leader's if it failed and the leader does not notice."""

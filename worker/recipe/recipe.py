@@ -107,11 +107,6 @@ def train(run: Run) -> Ended:
     return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.gauge.look())
 
 
-def longest_row(data: PreparedData) -> int:
-    lengths = lengths_of(data)
-    return max(lengths.train, lengths.evaluate)
-
-
 def _note_data(run: Run, data: PreparedData) -> None:
     facts = data.facts()
     text = f"data: {facts['train_rows']} rows to train on, {facts['held_out_rows']} held out; "
@@ -147,9 +142,9 @@ def _ready(
     gang = gathered(run.order, head, tokenizer.pad_token_id)
     learner, identity = _load(run, data, tokenizer, head, gang)
     loss, checks = run.kind.loss(run.spec), _checks(run, learner)
-    forward, why = forward_pass(
-        learner, run.spec, longest_row(data), checks=checks, loss=loss, divided=gang is not None
-    )
+    lengths = lengths_of(data)
+    longest = max(lengths.train, lengths.evaluate)
+    forward, why = forward_pass(learner, run.spec, longest, checks=checks, loss=loss, divided=gang is not None)
     if isinstance(forward, LeanPass):
         learner = replace(learner, scorer=forward)
     else:
@@ -340,7 +335,9 @@ def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_s
         tokens=recorder.tokens,
         tokens_per_second=recorder.tokens_per_second,
         peaks=run.gauge.look(),
-        peak_kind=run.gauge.kind + _of_what(run),
+        # on several cards the measured peak does not cover the whole job
+        peak_kind=run.gauge.kind
+        + (f" on {run.order.node}, the first of {len(run.order.ranks)} cards" if run.order.ranks else ""),
         adjustment=run.adjustment,
         changes=tuple(run.changes),
         optimizer=arguments.optim.value,
@@ -350,8 +347,3 @@ def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_s
         gradient_checkpointing=arguments.activation_checkpointing if recomputes is None else recomputes,
         threads=torch.get_num_threads(),
     )
-
-
-def _of_what(run: Run) -> str:
-    """A remark on a measured peak: that it does not cover the whole job."""
-    return f" on {run.order.node}, the first of {len(run.order.ranks)} cards" if run.order.ranks else ""

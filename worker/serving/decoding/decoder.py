@@ -164,7 +164,8 @@ class Decoder:
             if not self._fits(ask, new):
                 break
             try:
-                row = self._begin(ask)
+                held = self._pool.hold(ask.adapter, ask.folder) if ask.adapter and ask.folder else None
+                row = Row(ask, held, self._pool)
             except NoRoom:
                 break  # an answer will end and free an adapter
             except LoractlError as error:
@@ -209,12 +210,6 @@ class Decoder:
     def _next(self) -> Ask:
         with self._lock:
             return self._waiting.popleft()
-
-    def _begin(self, ask: Ask) -> Row:
-        held = None
-        if ask.adapter is not None and ask.folder is not None:
-            held = self._pool.hold(ask.adapter, ask.folder)
-        return Row(ask, held, self._pool)
 
     def _fits(self, ask: Ask, joining: list[Row]) -> bool:
         """Whether the cache holds all rows at their longest, each padded to the widest of its lane, with this one."""

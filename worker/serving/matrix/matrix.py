@@ -173,7 +173,13 @@ def measure(
     """Load the base once, and score it and every adapter on every task. Raises LoractlError."""
     named, files = _named(options.adapters, library), _files(options.data)
     pool = _open(library, list(named.values()), options, tell, warn)
-    wanted = asked_for(options.rows, options.samples, options.max_new_tokens, options.batch)
+    wanted = EvaluationSpec(
+        metrics=[Metric.LOSS, Metric.LABELS, Metric.ROUGE],
+        samples=options.samples,
+        max_rows=options.rows,
+        max_new_tokens=options.max_new_tokens,
+        per_device_eval_batch_size=options.batch,
+    )
     own = {name: task_of(name, listed, library, pool, wanted, warn) for name, listed in named.items()}
     tasks = [task for task, _ in own.values()]
     if files:
@@ -341,17 +347,6 @@ def _task(name: str, data: PreparedData, spec: JobSpec, tokenizer: Any, model: A
     used = data.held_out_examples[: spec.evaluation.max_rows]
     work = Work.of(data, spec, tokenizer, positions_of(model))
     return Task(name=name, work=work, likenesses=tuple(e.likeness() for e in used))
-
-
-def asked_for(rows: int, samples: int, max_new_tokens: int, batch: int) -> EvaluationSpec:
-    """What a cell measures, in a job file's words."""
-    return EvaluationSpec(
-        metrics=[Metric.LOSS, Metric.LABELS, Metric.ROUGE],
-        samples=samples,
-        max_rows=rows,
-        max_new_tokens=max_new_tokens,
-        per_device_eval_batch_size=batch,
-    )
 
 
 def score(pool: AdapterPool, key: str | None, task: Task, asked: EvaluationSpec) -> Scores:
