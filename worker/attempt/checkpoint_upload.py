@@ -127,7 +127,10 @@ class CheckpointUpload:
         """Upload it, name it in the row, remove the previous one. False: worth another try."""
         claim, began = self._claim, self._clock.now()
         try:
-            copy.stored = copy.stored or self._upload(copy)
+            if copy.stored is None:
+                prefix = checkpoint_prefix(claim.job_id, claim.attempt, copy.step)
+                sha256 = manifest_sha256(self._artifacts.put_result(copy.folder, prefix))
+                copy.stored = StoredCheckpoint(step=copy.step, prefix=prefix, manifest_sha256=sha256)
             if not self._store.attempts.keep_checkpoint(claim, copy.stored):
                 self._artifacts.remove_checkpoint(copy.stored.prefix)  # the lease is lost: no row will name it
                 return True
@@ -159,11 +162,6 @@ class CheckpointUpload:
         else:  # a box may be out of processes
             log.error("job %s: the checkpoint of step %s is not stored yet", job_id, step, exc_info=error)
         return False
-
-    def _upload(self, copy: _Copy) -> StoredCheckpoint:
-        prefix = checkpoint_prefix(self._claim.job_id, self._claim.attempt, copy.step)
-        manifest = self._artifacts.put_result(copy.folder, prefix)
-        return StoredCheckpoint(step=copy.step, prefix=prefix, manifest_sha256=manifest_sha256(manifest))
 
     def _remove_spent(self, named: str) -> None:
         """Remove all but the one that the row names. What the store does not remove now is removed with the next

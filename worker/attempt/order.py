@@ -30,7 +30,6 @@ from loractl.common.memory.config import read_shape
 from loractl.common.memory.step import planned_labels
 from loractl.common.memory.weights import adapter_tensors, optimizer_name, state_bytes
 from loractl.common.store.records import Claim
-from loractl.common.store.tables import KeptFile
 from loractl.common.units import GIB
 from loractl.worker.device.devices import Device, find_device, torch_settings
 from loractl.worker.device.occupancy import (
@@ -152,7 +151,10 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
         checkpoint_dir=str(folder / "checkpoints"),
         earlier_checkpoints=[str(p) for p in earlier],
         cache_dir=str(cache),
-        kept=[_known(row) for row in place.store.cards.kept_files(place.settings.host)],
+        kept=[
+            KnownFile(key=row.key, sha256=row.sha256, job_id=row.job_id, at=row.at)
+            for row in place.store.cards.kept_files(place.settings.host)
+        ],
     )
 
 
@@ -161,10 +163,6 @@ def _fetched(place: Workplace, named: dict[str, str], data: dict[str, Any]) -> d
     folder, kept = place.settings.cache_dir / "datasets", {key: data[key] for key in named.keys() & data.keys()}
     files = {key: place.artifacts.fetch_dataset(one["uri"], one["sha256"], folder) for key, one in kept.items()}
     return {key: str(files.get(key, name)) for key, name in named.items()}
-
-
-def _known(row: KeptFile) -> KnownFile:
-    return KnownFile(key=row.key, sha256=row.sha256, job_id=row.job_id, at=row.at)
 
 
 def _ranks(place: Workplace, claim: Claim) -> list[Rank]:

@@ -47,8 +47,7 @@ def read_labels(folder: Path) -> tuple[str, ...]:
 def check_adapter(model: Any, folder: Path) -> None:
     """Load a saved adapter as its users will: peft reads its settings. Every tensor must equal the trained one, bit for
     bit. Raises TrainingFailed."""
-    import torch
-    from peft import PeftConfig, get_peft_model_state_dict
+    from peft import PeftConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -58,12 +57,20 @@ def check_adapter(model: Any, folder: Path) -> None:
         saved = load_file(folder / WEIGHTS)
     except (ArtifactError, OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise TrainingFailed(Reason.TRAINER_ERROR, f"the saved adapter does not load: {error}") from error
-    own, trained = model.peft_config["default"], get_peft_model_state_dict(model)
+    own = model.peft_config["default"]
     wrong = [key for key in ("peft_type", "r", "lora_alpha") if getattr(settings, key, None) != getattr(own, key)]
-    wrong += sorted(saved.keys() ^ trained.keys())
-    wrong += [name for name in saved.keys() & trained.keys() if not torch.equal(saved[name], trained[name].cpu())]
-    if wrong:
+    if wrong := [*wrong, *differing(model, saved)]:
         raise TrainingFailed(Reason.TRAINER_ERROR, f"the saved adapter is not what was trained: {wrong[0]} differs")
+
+
+def differing(model: Any, saved: dict[str, Any]) -> list[str]:
+    """The tensors that only one of them has, or that are not equal bit for bit."""
+    import torch
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(model)
+    unequal = [name for name in saved.keys() & own.keys() if not torch.equal(saved[name], own[name].cpu())]
+    return sorted(saved.keys() ^ own.keys()) + unequal
 
 
 def _rewrite_config(path: Path, spec: JobSpec) -> None:

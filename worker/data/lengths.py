@@ -48,20 +48,19 @@ def main() -> None:
     """Serve one spec."""
     spec = JobSpec.model_validate_json(sys.stdin.read())
     try:
-        told = _findings(spec) if "--check" in sys.argv[1:] else _counts(spec)
+        tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template)
+        told: dict[str, Any] = {}
+        if "--check" in sys.argv[1:]:
+            told["findings"] = [vars(finding) for finding in check_data(spec, tokenizer).findings]
+        else:
+            told = _counts(spec, tokenizer)
     except LoractlError as error:
         told = {"error": error.sentence, "hint": error.hint, "of_rows": isinstance(error, DataError)}
     sys.stdout.write(json.dumps(told))
 
 
-def _findings(spec: JobSpec) -> dict[str, Any]:
-    tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template)
-    return {"findings": [vars(finding) for finding in check_data(spec, tokenizer).findings]}
-
-
-def _counts(spec: JobSpec) -> dict[str, Any]:
+def _counts(spec: JobSpec, tokenizer: Any) -> dict[str, Any]:
     data, cache = spec.dataset, load_settings().cache_dir
-    tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), data.template)
     more = [source.path for source in data.more]
     prepared = prepare_data(
         data, data.path, data.eval_path, dataset_hash(data.path), tokenizer, cache, more, final_path=data.final_path

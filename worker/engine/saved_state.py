@@ -13,42 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from loractl.common.job.status import Reason
-from loractl.worker.base.adapter import WEIGHTS, load_weights, save_weights
+from loractl.worker.base.adapter import WEIGHTS, differing, load_weights, save_weights
 from loractl.worker.base.failure import TrainingFailed
-
-
-def write_snapshot(model: Any, state: dict[str, Any], folder: Path) -> None:
-    """Write the model's adapter and the state into `folder`. It does not count until the folder is closed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(model, folder / WEIGHTS)
-    write_state(folder, state)
-
-
-def read_snapshot(model: Any, folder: Path) -> dict[str, Any]:
-    """Load the adapter of `folder` into the model. Returns the state. Raises TrainingFailed if the adapter's tensors
-    differ from the model's, OSError and ValueError if the files can't be read."""
-    import torch
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    load_weights(model, folder / WEIGHTS)
-    saved, now = load_file(folder / WEIGHTS), get_peft_model_state_dict(model)
-    wrong = sorted(saved.keys() ^ now.keys())
-    wrong += [name for name in saved.keys() & now.keys() if not torch.equal(saved[name], now[name].cpu())]
-    if wrong:
-        what = f"the checkpoint's adapter is not that of this training: {wrong[0]} differs"
-        raise TrainingFailed(Reason.TRAINER_ERROR, what)
-    return read_state(folder)
-
-
-def drop_older(folder: Path, kept: int) -> None:
-    """Remove all but the newest checkpoints below `folder`."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in found[:-kept]:
-        shutil.rmtree(path, ignore_errors=True)
-
 
 STATE, TENSORS = "training_state.json", "training_state.safetensors"
 
@@ -58,22 +27,33 @@ FORMAT = "1"
 Parts = dict[str, torch.Tensor]
 
 
-def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a state of dicts, lists, tuples, tensors, numbers and text into `folder`. Raises TypeError for others."""
-    from safetensors.torch import save_file
-
+def write_snapshot(model: Any, state: dict[str, Any], folder: Path) -> None:
+    """Write the model's adapter and the state into `folder`: dicts, lists, tuples, tensors, numbers and text. It does
+    not count until the folder is closed. Raises TypeError for other values."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder / WEIGHTS)
     tensors: Parts = {}
     text = json.dumps(_packed(state, tensors, {}))
     save_file(tensors, folder / TENSORS)
     (folder / STATE).write_text(text, "utf-8")
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The state that `write_state` wrote, its tensors on the CPU. Raises OSError and ValueError."""
-    from safetensors.torch import load_file
-
+def read_snapshot(model: Any, folder: Path) -> dict[str, Any]:
+    """Load the adapter of `folder` into the model. Returns the state, its tensors on the CPU. Raises TrainingFailed if
+    the adapter's tensors differ from the model's, OSError and ValueError if the files can't be read."""
+    load_weights(model, folder / WEIGHTS)
+    if wrong := differing(model, load_file(folder / WEIGHTS)):
+        what = f"the checkpoint's adapter is not that of this training: {wrong[0]} differs"
+        raise TrainingFailed(Reason.TRAINER_ERROR, what)
     state: dict[str, Any] = _unpacked(json.loads((folder / STATE).read_text("utf-8")), load_file(folder / TENSORS))
     return state
+
+
+def drop_older(folder: Path, kept: int) -> None:
+    """Remove all but the newest checkpoints below `folder`."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in found[:-kept]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _packed(value: Any, tensors: Parts, known: dict[int, str]) -> Any:

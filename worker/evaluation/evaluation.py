@@ -295,12 +295,8 @@ def _measure(
 ) -> MeasuredModel:
     """Let one model do the work: the base, or the tuned one."""
     model, tokenizer, batch = learner.model, learner.tokenizer, spec.evaluation.per_device_eval_batch_size
-
     smaller: list[bool] = []
-
-    def halved() -> None:
-        smaller.append(True)
-
+    halved = partial(smaller.append, True)
     run = partial(_in_modes, learner, base=base)
 
     def score(rows: Sequence[TokenRow], batch: int = batch) -> RowScores:

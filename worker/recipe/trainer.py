@@ -39,7 +39,8 @@ def main(run: Recipe | None = None) -> int:
     """Serve one attempt; the exit status is 0 if its end could be reported. `run`: a recipe other than loractl's."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)  # the supervisor stops us through stdin
-    if sys.argv[1:2] == [FORK_SERVER] and not serve(sys.argv[2], _load if run is None else _nothing):
+    load = _load if run is None else lambda: None  # another recipe itself imports what it needs
+    if sys.argv[1:2] == [FORK_SERVER] and not serve(sys.argv[2], load):
         return 0  # it was the server; its forks go on here, each with its own pipes
     commands, channel = _take_pipes()
     lock = threading.Lock()
@@ -117,10 +118,6 @@ def _import() -> None:
 
     gc.freeze()
     gc.enable()
-
-
-def _nothing() -> None:
-    """Another recipe itself imports what it needs."""
 
 
 def _take_pipes() -> tuple[IO[str], IO[str]]:
