@@ -54,8 +54,7 @@ class PreparedData:
     why: str
     train: TokenSet
     held_out: TokenSet
-    # The examples of train.rows and held_out.rows, in the same order; one may have several rows. For data prepared by
-    # another process (handover.py) the first list is empty, and the second has only those that the job measures.
+    # The examples of train.rows and held_out.rows, in the same order; one may have several rows.
     train_examples: Sequence[Example]
     held_out_examples: Sequence[Example]
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
@@ -93,7 +92,7 @@ class PreparedData:
         none."""
         if (final := self.final) is None:
             return None
-        data = replace(
+        return replace(
             self,
             held_out=final.tokens,
             held_out_examples=final.examples,
@@ -105,8 +104,6 @@ class PreparedData:
             regression=None,
             final=None,
         )
-        vars(data)["seen"] = self.seen
-        return data
 
     def facts(self) -> dict[str, Any]:
         """What the report says about the data.
@@ -120,24 +117,21 @@ class PreparedData:
         `sources`: with dataset.more, how many rows come from where; `warnings`: rows that look wrong but are trained
         on; `labels`: of a classifier, rows to `train` and `held_out` by label.
         """
-        return dict(self.seen["facts"])
-
-    @property
-    def answer_shares(self) -> dict[str, float] | None:
-        """Share of each answer of the rows to train on, the most frequent first; None if they are no labels."""
-        shares: dict[str, float] | None = self.seen["answer_shares"]
-        return shares
-
-    @property
-    def digest(self) -> str:
-        """sha256 of what is read in training: the rows' tokens, and a classifier's labels. Checkpoints name it."""
-        return str(self.seen["digest"])
+        return dict(self._facts)
 
     @functools.cached_property
-    def seen(self) -> dict[str, Any]:
-        """What only a look at every row shows, as JSON values."""
-        return {"facts": self._facts(), "answer_shares": label_shares(self.train_examples), "digest": self._digest()}
+    def answer_shares(self) -> dict[str, float] | None:
+        """Share of each answer of the rows to train on, the most frequent first; None if they are no labels."""
+        return label_shares(self.train_examples)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of what is read in training: the rows' tokens, and a classifier's labels. Checkpoints name it."""
+        rows = ([row.input_ids, row.starts] for row in self.trained_rows)
+        classified = [self.label_names, self.trained_rows.class_labels] if self.label_names else []
+        return data_digest(itertools.chain(rows, classified))
+
+    @functools.cached_property
     def _facts(self) -> dict[str, Any]:
         final = self.final
         sides = [self.train, self.held_out, *([] if final is None else [final.tokens])]
@@ -176,11 +170,6 @@ class PreparedData:
             "warnings": list(self.warnings),
             "labels": self.label_counts() or None,
         }
-
-    def _digest(self) -> str:
-        rows = ([row.input_ids, row.starts] for row in self.trained_rows)
-        classified = [self.label_names, self.trained_rows.class_labels] if self.label_names else []
-        return data_digest(itertools.chain(rows, classified))
 
     def label_counts(self) -> dict[str, dict[str, int]]:
         """The number of rows of each classifier's label, to train on and held out."""

@@ -65,9 +65,8 @@ class TokenRows(Sequence[TokenRow]):
     a pair's `asked` one for each row; these are missing if no row has any.
     """
 
-    def __init__(self, columns: Mapping[str, Column], folder: Path | None = None) -> None:
+    def __init__(self, columns: Mapping[str, Column]) -> None:
         self._columns = columns
-        self._folder = folder  # from which they are mapped
 
     @classmethod
     def of(cls, rows: Iterable[TokenRow]) -> TokenRows:
@@ -96,23 +95,20 @@ class TokenRows(Sequence[TokenRow]):
         columns = {path.stem: np.load(path, "r", allow_pickle=False) for path in cls.files(folder)}
         if not columns:
             raise FileNotFoundError(f"no rows lie in {folder}")
-        return cls(columns, folder)
+        return cls(columns)
 
     @staticmethod
     def files(folder: Path) -> list[Path]:
         """The files of the rows saved there."""
         return list(folder.glob(f"*{_END}"))
 
-    def save(self, folder: Path) -> Path:
-        """Write the columns into this folder, unless they are already in one; returns their folder. Raises OSError."""
-        if self._folder is not None:
-            return self._folder
+    def save(self, folder: Path) -> None:
+        """Write the columns into this folder. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, column in self._columns.items():
             with (folder / f"{name}{_END}").open("wb") as file:
                 np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(column))
                 file.write(np.ascontiguousarray(column).data)  # np.save would not say that the disk is full
-        return folder
 
     def labelled(self, labels: Sequence[int]) -> TokenRows:
         """The rows with these labels, in order."""

@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-import weakref
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,9 +81,11 @@ class RowTokenizer:
     def _key(self) -> str:
         """A key that changes with everything that changes the tokens of the same content."""
         tokenizer, dataset = self.tokenizer, self.dataset
+        backend = getattr(tokenizer, "backend_tokenizer", None)  # all that a tokenizer does to a text
+        said = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
         parts = [
             _CACHE_VERSION,
-            _vocabulary(tokenizer),
+            hashlib.sha256(said.encode()).hexdigest(),
             tokenizer.chat_template,
             tokenizer.eos_token,
             self.format.value,
@@ -92,22 +93,6 @@ class RowTokenizer:
             dataset.on_overflow.value,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-_VOCABULARIES: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-"""Hashes of tokenizers, by their non-Python part, which a copy with another template shares: a trainer that stays asks
-the same tokenizer for each job, and a hash takes 40 ms."""
-
-
-def _vocabulary(tokenizer: Any) -> str:
-    """A hash of all that a tokenizer does to a text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    asked = tokenizer if backend is None else backend
-    known = _VOCABULARIES.get(asked)
-    if known is None:
-        said = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
-        known = _VOCABULARIES[asked] = hashlib.sha256(said.encode()).hexdigest()
-    return known
 
 
 def fit_examples(

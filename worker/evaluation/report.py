@@ -138,7 +138,7 @@ def build_report(
         if final is None or last is None
         else {
             FINAL: {
-                "sha256": last.facts()["final_sha256"],
+                "sha256": data.facts()["final_sha256"],
                 "verdict": _verdict_on(final, last, last.doubts("final"), "final", texts=texts),
                 **_evaluation(final),
             }
