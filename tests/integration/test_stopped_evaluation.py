@@ -18,7 +18,7 @@ from .conftest import Recipe
 
 KEYS: dict[str, Any] = {
     "eval_steps": 4, "save_steps": 4, "load_best_model_at_end": True,
-    "evaluation": {"per_device_eval_batch_size": 1, "samples": 0}, "dataset": {"test_size": 0.5},
+    "evaluation": {"per_device_eval_batch_size": 1, "samples": 0, "metrics": ["loss"]}, "dataset": {"test_size": 0.5},
 }  # fmt: skip
 
 
