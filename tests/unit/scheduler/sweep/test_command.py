@@ -15,6 +15,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.scheduler.change.command import cancel
 from loractl.scheduler.compare.command import compare
 from loractl.scheduler.status.command import status
+from loractl.scheduler.submit import data, intake
 from loractl.scheduler.sweep.answer import numbered
 from loractl.scheduler.sweep.command import sweep
 
@@ -170,3 +171,24 @@ def test_a_sweep_is_cancelled_as_one_and_compared_once_a_member_has_a_result(job
     ):
         error = runner.invoke(command, args).exception
         assert isinstance(error, UsageError) and error.hint and "--sweep" in error.hint
+
+
+def test_the_rows_of_all_members_are_looked_at_hashed_and_stored_once(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    for module, name in ((data, "check_used_data"), (intake, "stored_hashes"), (intake, "store_data")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, name=name: asked.append(name) or real(*a))
+    assert call(job, RATES, "lora.r=4,8", home=tmp_path / "home").exit_code == 0
+    assert asked == ["check_used_data", "stored_hashes", "store_data"]
+
+
+def test_no_member_starts_after_another_one(job: Path, tmp_path: Path) -> None:
+    error = call(job, RATES, "after=triage-2", home=tmp_path / "home").exception
+    assert isinstance(error, UsageError) and "not a job of this submit" in error.sentence
+
+
+def test_a_base_that_no_worker_can_load_is_refused(job: Path) -> None:
+    job.write_text(job.read_text().replace("./base", "./base/config.json"))
+    assert "is a file" in refused(job, RATES).sentence
