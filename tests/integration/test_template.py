@@ -44,7 +44,7 @@ def test_a_row_is_what_axolotl_makes_of_it(tiny_model: Path, given: str, prompt:
     assert prompt_for(DataFormat.ALPACA, asked, plain, ALPACA) == ids[:start], (
         "whoever asks the adapter writes the same"
     )
-    assert plain.backend_tokenizer is tokenizer.backend_tokenizer, "its vocabulary is summed once"
+    assert plain.backend_tokenizer is tokenizer.backend_tokenizer, "it has no vocabulary of its own"
     assert plain.chat_template != tokenizer.chat_template, "another adapter of the same base keeps its own"
 
 

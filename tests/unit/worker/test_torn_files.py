@@ -15,7 +15,7 @@ from loractl.common.artifacts import ArtifactStore, checkpoint_prefix, manifest_
 from loractl.common.data.examples import Example
 from loractl.common.job.identity import data_digest, training_digests
 from loractl.common.job.method import Method
-from loractl.common.job.sections import DataFormat, DatasetSpec, PromptTemplate
+from loractl.common.job.sections import DataFormat, DatasetSpec
 from loractl.common.job.status import Reason
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
@@ -26,7 +26,6 @@ from loractl.worker.attempt.order import stored_checkpoint
 from loractl.worker.attempt.result import mark_ready, ready_result, take_ready
 from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Drain, Workplace
-from loractl.worker.data.prompt import templated
 from loractl.worker.data.token_set import RowTokenizer
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.device.devices import CpuDevice
@@ -197,7 +196,6 @@ class Tokens:
     cache: Path
     made: int = 0
     summed: int = 0
-    text: str = "here is a row"
 
     def __call__(self, text: str, **_: object) -> Any:
         self.made += 1
@@ -210,10 +208,13 @@ class Tokens:
         self.summed += 1
         return {}
 
-    def kept(self) -> list[TokenRow]:
+    def tokeniser(self) -> RowTokenizer:
         dataset = DatasetSpec(path="/rows.jsonl", max_length=64)
-        tokeniser = RowTokenizer(dataset=dataset, tokenizer=self, format=DataFormat.TEXT, cache=self.cache)
-        return list(tokeniser.tokenise([Example(number=1, text=self.text)], "to train on", "rows.jsonl").rows)
+        return RowTokenizer(dataset=dataset, tokenizer=self, format=DataFormat.TEXT, cache=self.cache)
+
+    def kept(self) -> list[TokenRow]:
+        examples = [Example(number=1, text="here is a row")]
+        return list(self.tokeniser().tokenise(examples, "to train on", "rows.jsonl").rows)
 
     def files(self) -> Path:
         (folder,) = (self.cache / "tokenised").iterdir()
@@ -247,31 +248,12 @@ def test_tokens_are_on_the_disk_before_they_have_their_name(tmp_path: Path, monk
     assert Tokens(tmp_path).kept() and not synced
 
 
-def test_a_tokenizer_is_summed_once_for_the_cache(tmp_path: Path) -> None:
-    tokens, other = Tokens(tmp_path), Tokens(tmp_path)
-    assert tokens.kept() == tokens.kept() == other.kept()
-    assert (tokens.summed, other.summed, other.made) == (1, 1, 0)
-
-
-@dataclass(eq=False)
-class Backend:
-    """The part of a tokenizer that is not Python's."""
-
-    summed: int = 0
-
-    def to_str(self) -> str:
-        self.summed += 1
-        return ""
-
-
-def test_copies_of_a_tokenizer_with_another_template_are_summed_once(tmp_path: Path) -> None:
-    tokens, backend = Tokens(tmp_path), Backend()
-    vars(tokens).update(backend_tokenizer=backend, bos_token=None)
-    for text in ("a row of a job", "one of the next job"):
-        copied = templated(tokens, PromptTemplate.ALPACA)
-        copied.text = text
-        assert copied is not tokens and copied.kept()
-    assert backend.summed == 1
+def test_a_tokenizer_is_summed_once_for_all_sides_of_a_job_s_rows(tmp_path: Path) -> None:
+    tokens = Tokens(tmp_path)
+    tokeniser = tokens.tokeniser()
+    for side, text in (("to train on", "here is a row"), ("held out", "here is another")):
+        assert tokeniser.tokenise([Example(number=1, text=text)], side, "rows.jsonl")
+    assert (tokens.made, tokens.summed) == (2, 1)
 
 
 @pytest.mark.parametrize("older", ["whole", "broken"])
