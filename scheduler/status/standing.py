@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.job.status import Status
 from loractl.common.text import clean_line
 
-from .job import trouble_on
-
 if TYPE_CHECKING:
     from loractl.common.job.sweep import Member, SweepView
     from loractl.common.store.store import Store
@@ -57,6 +55,8 @@ class SweepStanding:
 
 def sweep_standing(store: Store, sweep_id: int) -> SweepStanding:
     """Raises SweepNotFound."""
+    from .job import trouble_on  # opens the store's tables; sweep needs only the texts below
+
     sweep = store.sweeps.get(sweep_id)
     running = [member for member in sweep.members if member.status is Status.RUNNING]
     there = store.cards.fleet() if running else None
