@@ -134,6 +134,9 @@ def test_a_kept_card_is_the_one_with_the_earliest_room(scene: Scene) -> None:
         if d.reserved is None or d.declined is not None:
             continue
         left, job = after(scene.cards, decisions[:number]), d.reserved.job
+        for before in decisions[:number]:
+            if before.declined is not None and before.reserved is not None:
+                del left[before.reserved.node]  # another job waits for all of it
         far = NOW + dt.timedelta(days=999)
         at = {
             node: [
