@@ -162,6 +162,12 @@ class Undone:
         return self.share * (self.steps or self.extent.steps) * self.extent.step_tokens
 
 
+def slowed(neighbours: float | None, contention: float | None) -> float:
+    """How many times as long a job takes beside so many others, on average, as alone. `contention`: what was measured
+    on its card's model; None: CONTENTION."""
+    return 1.0 + (CONTENTION if contention is None else contention) * (neighbours or 0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TimedRun:
     """An attempt that has ended, as far as its time was measured."""
@@ -179,12 +185,12 @@ class TimedRun:
     resumed: bool = False
     roomy: bool | None = None  # had the room to do without recomputing
     neighbours: float | None = None  # other jobs on its card in its steps, on average; None: an older worker's
-    contention: float = CONTENTION  # of its card's model, measured or assumed
+    contention: float | None = None  # measured on its card's model
 
     @property
     def slowed(self) -> float:
         """How many times as long it took as it would have alone on its card."""
-        return 1.0 + self.contention * (self.neighbours or 0.0)
+        return slowed(self.neighbours, self.contention)
 
     @functools.cached_property
     def pace(self) -> float | None:
@@ -382,7 +388,8 @@ def seconds_left(predicted_s: float, ran_s: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeMeasured:
-    """An attempt that came to a good end: what was predicted as it started, and what it took."""
+    """An attempt that came to a good end: what was predicted as it started, and what it took. Predictions are of a card
+    that a job has alone, so `took_s` is without what others on its card cost it."""
 
     device_name: str
     basis: Basis

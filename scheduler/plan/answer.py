@@ -44,8 +44,9 @@ class PlanAccuracy:
     def as_json(self) -> dict[str, list[dict[str, Any]]]:
         """`memory`: each row's `device_name`, `method`, `family`, `count`, and of measured over planned the `ratio`
         (the mean), `spread` and `worst`; `factor`: what later plans are multiplied by, null while there are too few
-        measurements. `time`: each row's `device_name`, `basis`, `count`, of taken over predicted the `ratio` (the
-        median), and the factor by which predictions were off: `off` at the median, `worst` at the 90th percentile."""
+        measurements. `time`: each row's `device_name`, `basis`, `count`, of taken over predicted, both as if alone on
+        the card, the `ratio` (the median), and the factor by which predictions were off: `off` at the median, `worst`
+        at the 90th percentile."""
         return {
             "memory": [{**vars(row), "factor": row.factor} for row in self.rows],
             "time": [vars(row) for row in self.times],

@@ -217,7 +217,7 @@ def _times_text(answer: PlanAccuracy, screen: Screen) -> str:
     headers = ["DEVICE", "BY", "RUNS", "MEDIAN", "OFF BY", "9 IN 10"]
     lines = table(headers, rows, screen, right=tuple(headers[2:]))
     notes = (
-        "MEDIAN: the time that was taken over the one that was predicted.",
+        "MEDIAN: the time that was taken over the one that was predicted, both as if alone on the card.",
         "OFF BY, 9 IN 10: the factor by which half of the predictions were off at most, and nine in ten.",
         *(f"{basis.value}: {basis.in_words}." for basis in dict.fromkeys(row.basis for row in answer.times)),
     )

@@ -163,7 +163,7 @@ def _replayed(
         least_s=view.giving_way.least_s,
         may_ask=lambda job: job.job_id in asking or job.job_id in back,
     )
-    return replay((), cards, view.now, rule, until=enough, lasts=_predicted_s, running=back).runs
+    return replay((), cards, view.now, rule, contention=None, until=enough, lasts=_predicted_s, running=back).runs
 
 
 def _predicted_s(job: Waiting) -> float | None:

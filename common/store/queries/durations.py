@@ -9,7 +9,6 @@ from sqlalchemy import text as sql
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.duration import (
-    CONTENTION,
     Basis,
     Extent,
     Speeds,
@@ -19,6 +18,7 @@ from loractl.common.placement.duration import (
     forecast,
     measured_contention,
     shortest,
+    slowed,
 )
 
 from ..columns import word
@@ -76,7 +76,7 @@ def read_timed(tx: Transaction, base_model: str, now: dt.datetime) -> list[Timed
             resumed=bool(row.resumed_from_step),
             roomy=row.roomy,
             neighbours=row.neighbours,
-            contention=CONTENTION if row.contention is None else row.contention,
+            contention=row.contention,
         )
         for row in newest
     ]
@@ -177,7 +177,10 @@ def _surprises(tx: Transaction, job: Job) -> bool:
         return False
     if row.seconds_predicted is None:
         return True
-    took = _between(row.started_at, row.ended_at)
+    contention = tx.session.scalar(
+        select(CardContention.contention).where(CardContention.device_name == row.device_name)
+    )
+    took = _between(row.started_at, row.ended_at) / slowed(row.neighbours, contention)
     return row.reason is Reason.OK and not 1 / SURPRISING < took / max(row.seconds_predicted, 1e-3) < SURPRISING
 
 
@@ -185,14 +188,16 @@ def read_predicted(tx: Transaction, limit: int = MEASURED) -> list[TimeMeasured]
     """Attempts that came to a good end and had a prediction, the newest first."""
     columns = (
         Attempt.device_name, Attempt.predicted_by, Attempt.seconds_predicted, Attempt.started_at, Attempt.ended_at,
+        Attempt.neighbours, CardContention.contention,
     )  # fmt: skip
-    query = select(*columns).where(Attempt.reason == Reason.OK, Attempt.predicted_by.is_not(None))
+    query = select(*columns).outerjoin(CardContention, CardContention.device_name == Attempt.device_name)
+    query = query.where(Attempt.reason == Reason.OK, Attempt.predicted_by.is_not(None))
     return [
         TimeMeasured(
             device_name=row.device_name or "unknown",
             basis=row.predicted_by,
             predicted_s=row.seconds_predicted,
-            took_s=_between(row.started_at, row.ended_at),
+            took_s=_between(row.started_at, row.ended_at) / slowed(row.neighbours, row.contention),
         )
         for row in tx.session.execute(query.order_by(Attempt.started_at.desc()).limit(limit))
     ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from loractl.common.errors import ValueRefused
 from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
@@ -15,6 +16,7 @@ from loractl.common.job.status import Reason
 from loractl.common.placement.duration import LONGEST_S, UNKNOWN_S, Basis
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint, Submission
 from loractl.common.store.store import Store
+from loractl.common.store.tables import CardContention
 from loractl.common.units import GIB, LARGEST
 
 from ...factories import RESULT, Clock, node_state, submission, take
@@ -123,6 +125,22 @@ def test_what_was_predicted_is_kept_beside_what_it_took(timed: Store, clock: Clo
     ran(timed, clock, counted(), step_s=4.0)
     (one,) = timed.attempts.predicted()
     assert (one.basis, one.predicted_s, one.took_s) == (Basis.BASE, pytest.approx(240), pytest.approx(440))
+
+
+@pytest.mark.both
+def test_a_prediction_is_judged_by_what_the_job_would_have_taken_alone(timed: Store, clock: Clock) -> None:
+    """A prediction is of a card alone: a run beside another made a right one look wrong, and was a surprise."""
+    ran(timed, clock, counted())
+    waiting = timed.jobs.submit(counted())
+    before = timed.jobs.get(waiting).forecasts
+    ran(timed, clock, counted(user="eve", priority=5), step_s=3.0, rest_s=45.0, neighbours=1.0)
+    assert timed.jobs.get(waiting).forecasts == before, "no surprise: nothing is predicted again"
+    (one,) = timed.attempts.predicted()
+    assert (one.predicted_s, one.took_s) == (pytest.approx(240), pytest.approx((10 + 300 + 45) / 1.5))
+    with Session(timed.engine) as session, session.begin():
+        session.add(CardContention(device_name="NVIDIA A40", contention=0.0))
+    (one,) = timed.attempts.predicted()
+    assert one.took_s == pytest.approx(10 + 300 + 45)
 
 
 def test_a_sweep_is_predicted_like_its_members(timed: Store, clock: Clock) -> None:

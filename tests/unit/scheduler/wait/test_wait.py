@@ -501,6 +501,18 @@ def test_predicted_lengths_carry_an_expected_start_on_and_are_named() -> None:
     )
 
 
+def test_jobs_that_will_share_a_card_are_expected_to_slow_each_other() -> None:
+    """A start behind two of them was expected as if each had the card alone."""
+    waiting = [waits(number, lora=10, qlora=10, work_left_s=1200.0) for number in (7, 8)]
+    view = fleet([card("a:0", max_jobs=2)], [running(1, "a:0", 20, 600)], [*waiting, waits(9, lora=24, qlora=24)])
+    for contention, ends in ((None, 2400), (0.0, 1800), (0.25, 2100)):
+        shared = replace(view.cards["a:0"], contention=contention)
+        found = starts(replace(view, cards={"a:0": shared}), 7, 8, 9)
+        assert {number: one.at for number, one in found.items()} == {
+            7: in_seconds(600), 8: in_seconds(600), 9: in_seconds(ends),
+        }  # fmt: skip
+
+
 def test_a_replay_that_stops_says_so_and_does_not_guess() -> None:
     waiting = [waits(number, lora=24, qlora=24, work_left_s=60.0) for number in range(10, 13 + MOST_STARTS)]
     view = fleet([card("a:0")], [running(1, "a:0", 20, 600)], waiting)
