@@ -33,7 +33,7 @@ from loractl.common.store.store import Store
 from loractl.worker.attempt.order import ONE_HEAP
 
 from . import services, warm
-from .databases import OPEN_LAB, KeptDatabase, database, fill, make_template
+from .databases import OPEN_LAB, KeptDatabase, KeptFile, database, fill, make_template
 from .models import make_tiny_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: what a test wants of a hub, it asks of its own
@@ -235,20 +235,28 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def upgraded_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """An upgraded database of each kind."""
     if request.param == "sqlite":
-        yield kept_copy(request.getfixturevalue("sqlite_template"))
+        yield request.getfixturevalue("upgraded_file")
         return
     kept: KeptDatabase = request.getfixturevalue("kept_postgres")
     yield kept.url()
+    kept_engine(kept.url()).dispose()
     kept.empty()
 
 
-def kept_copy(template: Path) -> str:
-    """The URL of a fresh copy. It is always the same, as the engine that is kept for it."""
-    file = template.with_name(f"{os.getpid()}.db")
-    for end in ("", "-wal", "-shm"):
-        file.with_name(file.name + end).unlink(missing_ok=True)
-    shutil.copy(template, file)
-    return f"sqlite:///{file}"
+@pytest.fixture
+def upgraded_file(kept_sqlite: KeptFile) -> Iterator[str]:
+    """An upgraded SQLite database, whose engine stays connected."""
+    url = kept_sqlite.url()
+    yield url
+    if not kept_sqlite.empty():
+        kept_engine(url).dispose()
+
+
+@pytest.fixture(scope="session")
+def kept_sqlite(sqlite_template: Path) -> Iterator[KeptFile]:
+    kept = KeptFile(sqlite_template)
+    yield kept
+    kept.close()
 
 
 @pytest.fixture(scope="session")
@@ -259,11 +267,9 @@ def kept_postgres(postgres_server: str) -> Iterator[KeptDatabase]:
 
 
 @pytest.fixture
-def store(upgraded_url: str) -> Iterator[Store]:
+def store(upgraded_url: str) -> Store:
     """A store on an upgraded database of each kind."""
-    engine = kept_engine(upgraded_url)
-    yield Store(engine)
-    engine.dispose()
+    return Store(kept_engine(upgraded_url))
 
 
 @functools.cache

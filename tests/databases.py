@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
+import sqlite3
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, NullPool, create_engine, make_url, text
@@ -127,6 +130,55 @@ class KeptDatabase:
 
     def _form_of(self, connection: Connection) -> str:
         return str(connection.execute(text(_FORM)).scalar())
+
+
+class KeptFile:
+    """An upgraded SQLite file that one test after the other gets empty, so that its engine stays connected: to read the
+    schema at a connect takes as long as a short test. A test that changes more than rows leaves the next one a copy."""
+
+    def __init__(self, template: Path) -> None:
+        self._template = template
+        self._file = template.with_name(f"{os.getpid()}.db")
+        self._own: sqlite3.Connection | None = None
+        self._tables: list[str] = []
+        self._form: tuple[object, ...] = ()
+
+    def url(self) -> str:
+        if self._own is None:
+            for end in ("", "-wal", "-shm"):
+                self._file.with_name(self._file.name + end).unlink(missing_ok=True)
+            shutil.copy(self._template, self._file)
+            self._own = sqlite3.connect(self._file, timeout=1, isolation_level=None, check_same_thread=False)
+            found = self._own.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            self._tables = [name for (name,) in found if name not in ("alembic_version", "locks")]
+            self._form = self._form_of(self._own)
+        return f"sqlite:///{self._file}"
+
+    def empty(self) -> bool:
+        """Delete all rows; false if a new copy is next, since this one changed or somebody is still writing."""
+        assert self._own is not None
+        try:
+            if self._form_of(self._own) == self._form:
+                self._own.execute("BEGIN IMMEDIATE")
+                for table in self._tables:
+                    self._own.execute(f'DELETE FROM "{table}"')
+                self._own.execute(OPEN_LAB)
+                self._own.execute("COMMIT")
+                return True
+        except (sqlite3.Error, OSError):
+            pass  # a test may have removed or broken it
+        self.close()
+        return False
+
+    def close(self) -> None:
+        if self._own is not None:
+            self._own.close()
+            self._own = None
+
+    def _form_of(self, own: sqlite3.Connection) -> tuple[object, ...]:
+        """The file, and which tables and revision it has."""
+        asked = ("PRAGMA schema_version", "SELECT version_num FROM alembic_version", "SELECT count(*) FROM locks")
+        return (self._file.stat().st_ino, *(own.execute(one).fetchone() for one in asked))
 
 
 _END_OTHERS = """

@@ -21,11 +21,9 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def timed(upgraded_url: str, clock: Clock) -> Iterator[Store]:
+def timed(upgraded_url: str, clock: Clock) -> Store:
     """A store on an upgraded database of each kind whose time is `clock`."""
-    engine = kept_engine(upgraded_url)
-    yield Store(engine, clock)
-    engine.dispose()
+    return Store(kept_engine(upgraded_url), clock)
 
 
 @pytest.fixture
