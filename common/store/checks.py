@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from sqlalchemy import Column, Connection, Table, insert, inspect, text, update
+from sqlalchemy import Column, Connection, Engine, Table, func, insert, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from loractl.common.errors import ValueRefused
@@ -97,6 +97,12 @@ def _unasked(check: Bound, before: str, dialect: str) -> Bound:
     into every part of 100,000 specs takes ten seconds."""
     added = cast(Bounded, check.column.type).added(f'"{check.column.name}"', dialect, before) if before else None
     return check if added is None else replace(check, deep=added)
+
+
+def quarantined(engine: Engine) -> int:
+    """How many values are in quarantine."""
+    with engine.connect().execution_options(read_only=True) as connection:
+        return connection.execute(select(func.count()).select_from(Quarantined)).scalar_one()
 
 
 # --- PostgreSQL ---

@@ -47,6 +47,9 @@ def db_upgrade(backup: Path | None, force: bool) -> None:
         click.echo(f"{backup} was not written: {why}.", err=True)
     way = f"is already at revision {done.after}" if same else f"went from {done.before or 'empty'} to {done.after}"
     click.echo(f"{redacted(settings.database_url)} {way}.")
+    if done.quarantined:
+        values = f"{done.quarantined} value{'s' * (done.quarantined > 1)}"
+        click.echo(f"{values} broke a column's bounds: see loractl status JOB --full, or the table quarantine.")
     if done.never_yielding:
         jobs = f"{done.never_yielding} waiting or running job{'s' * (done.never_yielding > 1)}"
         click.echo(f"{jobs} of before will not yield to shorter jobs (preemptible: false); {_LET_YIELD}")

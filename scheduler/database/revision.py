@@ -11,6 +11,7 @@ from pathlib import Path
 from loractl.common.errors import Forbidden, UsageError
 from loractl.common.lab_store import adopt_if_sure
 from loractl.common.settings import Settings
+from loractl.common.store.checks import quarantined
 from loractl.common.store.database import connect, one_look, reachable
 from loractl.common.store.roles import SHOW, SUBMIT, WORK, RolesDone, WantedLogin, apply_roles, has_roles
 from loractl.common.store.schema import HEAD, OLDEST, require_unserved, revision, upgrade
@@ -29,6 +30,7 @@ class Upgraded:
     before: str | None  # None: there were no tables
     after: str
     saved: Contents | None  # what the backup holds; None: none was wanted, or there was nothing to do
+    quarantined: int  # values that broke their columns' bounds, by this upgrade or earlier ones
     never_yielding: int  # waiting and running jobs of before, which keep their cards
     roles_wanted: bool  # the roles still need rights to what is new, which this login may not grant
 
@@ -54,6 +56,7 @@ def bring_to_head(settings: Settings, backup: Path | None, *, force: bool) -> Up
                 before=before,
                 after=after,
                 saved=saved,
+                quarantined=quarantined(engine),
                 never_yielding=0 if before is None or before >= YIELDING else Store(engine).jobs.never_yielding(),
                 roles_wanted=wanted,
             )

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 from alembic import command
+from click.testing import CliRunner
 from sqlalchemy import Engine, insert, inspect, text
 
 from loractl.common.artifacts import ArtifactStore
@@ -20,7 +21,7 @@ from loractl.common.job.method import Need
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.lines import QueueKey
 from loractl.common.store import shapes
-from loractl.common.store.checks import bring, checks_of, hold
+from loractl.common.store.checks import bring, checks_of, hold, quarantined
 from loractl.common.store.columns import Characters, Flag, Json, LineKey, Prose
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.records import Claim, Progress, StoredResult
@@ -40,6 +41,7 @@ from loractl.common.store.tables import (
     Lock,
     Wish,
 )
+from loractl.scheduler.cli.main import cli
 
 from .... import webs
 from ...factories import NOON, submission, take
@@ -196,11 +198,6 @@ def test_the_bounds_take_what_a_newer_version_may_say(upgraded_url: str, artifac
             assert not refused(engine, "jobs", column, f"'{value}'"), column
 
 
-def quarantined(engine: Engine) -> int:
-    with engine.connect() as connection:
-        return int(connection.exec_driver_sql("SELECT count(*) FROM quarantine").scalar_one())
-
-
 def rows_of(engine: Engine, like: dict[str, list[str]] | None = None) -> dict[str, list[tuple[Any, ...]]]:
     """All rows of all tables, as text. `like`: only these columns."""
     with engine.connect() as connection:
@@ -322,7 +319,8 @@ def test_what_breaks_a_bound_goes_to_the_quarantine_and_its_row_stays(old_url: s
             for name, (column, value) in broken.items():
                 connection.exec_driver_sql(f"UPDATE jobs SET {column} = '{value}' WHERE name = '{name}'")
             connection.exec_driver_sql("UPDATE tags SET tag = 'latest'")
-        upgrade(engine)
+        done = CliRunner(env={"LORACTL_DATABASE_URL": old_url}).invoke(cli, ["db", "upgrade"])
+        assert "6 values broke a column's bounds: see loractl status JOB --full" in done.output
         after = rows_of(engine)
         assert {name: len(found) for name, found in after.items() if name != "events"} == {
             name: len(found) for name, found in before.items() if name != "events"
