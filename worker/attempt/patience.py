@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_any, wait_exponential
-from tenacity.stop import stop_base
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
 
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.store.database import absence, outage
@@ -23,26 +22,6 @@ def away(error: BaseException) -> str | None:
         return error.sentence
     why = outage(error)
     return None if why is None else absence(why)
-
-
-class _StopWhen(stop_base):
-    """Stop once this holds."""
-
-    def __init__(self, holds: Callable[[], bool]) -> None:
-        self._holds = holds
-
-    def __call__(self, retry_state: RetryCallState) -> bool:
-        return self._holds()
-
-
-class _StopBefore(stop_base):
-    """Stop when the next try would come later than this many seconds."""
-
-    def __init__(self, clock: NodeClock, seconds: float) -> None:
-        self._clock, self._end = clock, clock.now() + seconds
-
-    def __call__(self, retry_state: RetryCallState) -> bool:
-        return self._clock.now() + retry_state.upcoming_sleep >= self._end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +40,11 @@ class Patience:
 
         Raises what the last try raised: an error that more tries can't help, or any error once the patience is over.
         """
+        end = self.clock.now() + self.total_s
         tries = Retrying(
             retry=retry_if_exception(lambda error: self.passing(error) is not None),
             wait=wait_exponential(multiplier=self.first_s, max=self.most_s),
-            stop=stop_any(_StopBefore(self.clock, self.total_s), _StopWhen(self.over)),
+            stop=lambda state: self.over() or self.clock.now() + state.upcoming_sleep >= end,
             before_sleep=lambda state: tell(self._met(state)),
             sleep=self.clock.sleep,
             reraise=True,

@@ -35,53 +35,34 @@ class Drain:
         """`grace_s`: how long a stop may take; None: as long as it needs."""
         self.grace_s = grace_s
         self._lock = threading.RLock()  # a signal handler asks, in whatever the main thread does at that moment
-        self._asked: Wish | None = None
-        self._mismatch: SchemaMismatch | None = None
-        self._ordered = False
-        self._alone = False
+        self.asked: Wish | None = None  # what the worker wants, whatever people have ordered
+        self.mismatch: SchemaMismatch | None = None  # why the tables can't be served any more, if that ends the worker
+        self.ordered = False  # a person drains this device at once
+        self.alone = False  # this node ends by itself, or its worker ends it, while other nodes continue
 
     def ask(self, how: Wish) -> None:
         """The worker stops. A late first Ctrl-C must not undo the second one's "now"."""
         with self._lock:
-            if self._asked is None or how == "now":
-                self._asked = how
+            if self.asked is None or how == "now":
+                self.asked = how
 
     def leave(self, mismatch: SchemaMismatch) -> None:
         """The tables are another version's: this worker can't serve them any more."""
-        self._mismatch = mismatch
+        self.mismatch = mismatch
         self.ask("checkpoint")
 
     def end_alone(self) -> None:
         """The coming stop is only this node's: its worker starts another, and the nodes of other cards continue."""
-        self._alone = True
+        self.alone = True
 
     def order(self, holds: bool) -> None:
         """A person drains this device at once, or opens it for jobs again."""
-        self._ordered = holds
-
-    @property
-    def asked(self) -> Wish | None:
-        """What the worker wants, whatever people have ordered."""
-        return self._asked
-
-    @property
-    def mismatch(self) -> SchemaMismatch | None:
-        """Why the tables can't be served any more, if that ends the worker."""
-        return self._mismatch
-
-    @property
-    def alone(self) -> bool:
-        """Whether this node ends by itself, or its worker ends it, while other nodes continue."""
-        return self._alone
-
-    @property
-    def ordered(self) -> bool:
-        return self._ordered
+        self.ordered = holds
 
     @property
     def wish(self) -> Wish | None:
         """What the attempts here must obey."""
-        return self._asked or ("checkpoint" if self._ordered else None)
+        return self.asked or ("checkpoint" if self.ordered else None)
 
 
 log = logging.getLogger("loractl.worker")

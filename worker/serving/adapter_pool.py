@@ -106,21 +106,12 @@ class AdapterPool:
         self.base = base
         self.bytes = _bytes_of(model)
         self.seconds = time.monotonic() - began
-        self._model = model  # becomes a PeftModel with the first adapter
+        self.model = model  # the base; with the first adapter it becomes a PeftModel
         self._memory = memory
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()  # least recently used first
         self._used: Counter[str] = Counter()
         self._layers: dict[str, list[Any]] = {}  # by key, the layers with the adapter
         self._takes = inspect.signature(model.forward).parameters.keys()
-
-    @property
-    def config(self) -> Any:
-        return self._model.config
-
-    @property
-    def model(self) -> Any:
-        """The base, or the base with its adapters."""
-        return self._model
 
     @property
     def number_format(self) -> str:
@@ -171,22 +162,22 @@ class AdapterPool:
         tensors = {name: t for name, t in tensors.items() if name in self._takes or name not in _OPTIONAL}
         with torch.inference_mode():
             if not self._loaded:
-                return self._model(**tensors)
+                return self.model(**tensors)
             named = [key for key in dict.fromkeys(keys) if key != BASE]
             if not named:
-                with self._model.disable_adapter():
-                    return self._model(**tensors)
+                with self.model.disable_adapter():
+                    return self.model(**tensors)
             self.switch(named[0])
             if len(named) == 1 and BASE not in keys:
                 with self.arithmetic(named[0]):
-                    return self._model(**tensors)
+                    return self.model(**tensors)
             with self._routed(keys):
-                return self._model.get_base_model()(**tensors)
+                return self.model.get_base_model()(**tensors)
 
     def switch(self, key: str) -> None:
         """Make one adapter the active one."""
-        if self._model.active_adapters != [key]:
-            self._model.set_adapter(key, inference_mode=True)
+        if self.model.active_adapters != [key]:
+            self.model.set_adapter(key, inference_mode=True)
 
     def arithmetic(self, key: str | None) -> Any:
         """A context for a forward with one adapter: its fully trained modules are in fp32 over a 16-bit base, and
@@ -200,7 +191,7 @@ class AdapterPool:
         if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
             raise ArtifactError(f"the files of {key} are gone from {folder}", "ask again: they are then fetched again")
         check_adapter_config(folder / CONFIG)
-        began, before = time.monotonic(), _bytes_of(self._model)
+        began, before = time.monotonic(), _bytes_of(self.model)
         config = PeftConfig.from_pretrained(str(folder))
         whole = bool(config.modules_to_save)
         try:
@@ -214,7 +205,7 @@ class AdapterPool:
                 raise
             lines = str(error).strip().splitlines() or [repr(error)]
             raise UsageError(f"the adapter of {key} does not fit this base: {lines[0]}") from error
-        size, seconds = _bytes_of(self._model) - before, time.monotonic() - began
+        size, seconds = _bytes_of(self.model) - before, time.monotonic() - began
         return Loaded(key=key, size=size, mixes=mixes, whole_modules=whole, seconds=seconds)
 
     def _put_on(self, key: str, folder: Path, config: Any) -> None:
@@ -222,34 +213,34 @@ class AdapterPool:
         from peft.tuners.lora import LoraLayer
 
         if self._loaded:
-            self._model.load_adapter(str(folder), adapter_name=key, is_trainable=False)
+            self.model.load_adapter(str(folder), adapter_name=key, is_trainable=False)
         else:
-            self._model = PeftModel.from_pretrained(self._model, str(folder), adapter_name=key, config=config)
-        self._model.eval()
+            self.model = PeftModel.from_pretrained(self.model, str(folder), adapter_name=key, config=config)
+        self.model.eval()
         if self.base.method is Method.QLORA:
-            keep_nf4_in_training_mode(self._model)
-        adapted = [layer for layer in self._model.modules() if isinstance(layer, LoraLayer)]
+            keep_nf4_in_training_mode(self.model)
+        adapted = [layer for layer in self.model.modules() if isinstance(layer, LoraLayer)]
         self._layers[key] = [layer for layer in adapted if key in layer.lora_A or key in layer.lora_embedding_A]
 
     def _take_off(self, key: str) -> None:
         """Clean up after a load that failed half-way: peft leaves its layers in the base when it is the first."""
         self._layers.pop(key, None)
         if self._loaded:
-            if key in self._model.peft_config:
-                self._model.delete_adapter(key)
+            if key in self.model.peft_config:
+                self.model.delete_adapter(key)
             return
-        if hasattr(self._model, "get_base_model"):
-            self._model = self._model.get_base_model()
-        _strip(self._model)
+        if hasattr(self.model, "get_base_model"):
+            self.model = self.model.get_base_model()
+        _strip(self.model)
 
     def _mixes(self, key: str) -> bool:
         """Whether rows of the adapter and of the base can share a batch. With peft they can't if a layer's input has no
         rows any more, as in a mixture of experts, or if an adapter is on parameters rather than on layers."""
-        tokens = torch.full((2, 2), int(self.tokenizer.eos_token_id), device=self._model.device)
+        tokens = torch.full((2, 2), int(self.tokenizer.eos_token_id), device=self.model.device)
         self.switch(key)
         try:
             with torch.inference_mode(), self._routed([BASE, key]):
-                self._model.get_base_model()(input_ids=tokens, use_cache=False)
+                self.model.get_base_model()(input_ids=tokens, use_cache=False)
         except (ValueError, TypeError, RuntimeError, IndexError) as error:
             if is_out_of_memory(error):
                 raise
@@ -275,11 +266,11 @@ class AdapterPool:
         """Take an adapter out of memory."""
         del self._loaded[key], self._layers[key]
         if not self._loaded:
-            self._model = self._model.unload()
+            self.model = self.model.unload()
             return
-        if self._model.active_adapters == [key]:
+        if self.model.active_adapters == [key]:
             self.switch(next(iter(self._loaded)))
-        self._model.delete_adapter(key)
+        self.model.delete_adapter(key)
 
     @contextlib.contextmanager
     def _routed(self, keys: Sequence[str]) -> Iterator[None]:

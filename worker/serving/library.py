@@ -83,19 +83,11 @@ class Library:
 
     def __init__(self, settings: Settings, tell: Callable[[str], None] | None = None) -> None:
         """`tell` gets a sentence about a result that is not bound to its row; without it, that is logged."""
-        self._settings = settings
+        self.settings = settings
         with reachable(settings):
-            self._store = Store(connect(settings))
-        self._artifacts: ArtifactStore = open_lab_store(settings, self._store, tell)
+            self.store = Store(connect(settings))
+        self._artifacts: ArtifactStore = open_lab_store(settings, self.store, tell)
         self._fetched: dict[tuple[int, int], Path] = {}  # verified by this process
-
-    @property
-    def settings(self) -> Settings:
-        return self._settings
-
-    @property
-    def store(self) -> Store:
-        return self._store
 
     def find(self, text: str) -> Listed:
         """The named adapter, which must write text. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
@@ -109,16 +101,16 @@ class Library:
 
     def find_any(self, text: str) -> Listed:
         """The named adapter, which may be a classifier. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
-        row = self._store.adapters.get(parse_reference(text))
-        return self._listed(row, self._store.jobs.get(row.job_id))
+        row = self.store.adapters.get(parse_reference(text))
+        return self._listed(row, self.store.jobs.get(row.job_id))
 
     def on(self, base: str, revision: str | None) -> dict[str, Listed]:
         """The stored adapters of a base by job number and by every name and tag that they have."""
-        tags, known = self._store.adapters.tags(), {}
-        for row in self._store.adapters.all():
+        tags, known = self.store.adapters.tags(), {}
+        for row in self.store.adapters.all():
             if row.base_model != base:
                 continue
-            listed = self._listed(row, self._store.jobs.get(row.job_id))
+            listed = self._listed(row, self.store.jobs.get(row.job_id))
             if listed.spec.revision != revision or not listed.spec.kind.writes:
                 continue
             known[str(row.job_id)] = listed
@@ -128,8 +120,8 @@ class Library:
 
     def _listed(self, row: Adapter, job: Job) -> Listed:
         spec = JobSpec.model_validate(job.spec)
-        check_base(spec.base_model, self._settings.model_roots)
-        engines = {attempt.attempt: attempt.engine for attempt in self._store.attempts.of_job(row.job_id)}
+        check_base(spec.base_model, self.settings.model_roots)
+        engines = {attempt.attempt: attempt.engine for attempt in self.store.attempts.of_job(row.job_id)}
         return Listed(
             job_id=row.job_id,
             attempt=row.attempt,
@@ -163,7 +155,7 @@ class Library:
         }
         if not {CONFIG, WEIGHTS} <= wanted.keys():
             raise ArtifactError(f"the result of job {adapter.job_id} holds no adapter")
-        folder = self._settings.cache_dir / "adapters" / f"{adapter.job_id}-{wanted[WEIGHTS].sha256[:16]}"
+        folder = self.settings.cache_dir / "adapters" / f"{adapter.job_id}-{wanted[WEIGHTS].sha256[:16]}"
         if folder.is_dir():
             if all((folder / name).is_file() and sha256_of(folder / name) == f.sha256 for name, f in wanted.items()):
                 os.utime(folder)  # loractl gc removes folders that were not used for a long time
@@ -200,15 +192,15 @@ class Library:
         stored = adapter.data.get(key)
         if stored is None:
             return named
-        folder = self._settings.cache_dir / "datasets"
+        folder = self.settings.cache_dir / "datasets"
         return str(self._artifacts.fetch_dataset(stored["uri"], stored["sha256"], folder))
 
     def before(self, adapter: Listed) -> Iterator[Listed]:
         """Those from which it was begun, the last one first, with their jobs' specs and data alone: their files may be
         gone. Raises JobNotFound."""
         number = adapter.job_id
-        while (ancestor := self._store.adapters.ancestors([number]).get(number)) is not None:
-            job = self._store.jobs.get(number := ancestor)
+        while (ancestor := self.store.adapters.ancestors([number]).get(number)) is not None:
+            job = self.store.jobs.get(number := ancestor)
             yield replace(adapter, job_id=number, spec=JobSpec.model_validate(job.spec), data=job.data)
 
     def revision(self, adapter: Listed) -> str | None:
@@ -224,7 +216,7 @@ class Library:
         trained = (self.report(adapter).get("base") or {}).get("files")
         if not trained:
             return []
-        here = identify(adapter.spec.base_model, self.revision(adapter), self._settings.cache_dir)["files"]
+        here = identify(adapter.spec.base_model, self.revision(adapter), self.settings.cache_dir)["files"]
         return changed_files(trained, here)
 
     def warnings_about(self, adapters: Sequence[Listed]) -> list[str]:
@@ -237,7 +229,7 @@ class Library:
 
     def may_run_code(self, adapter: Listed) -> bool:
         """Whether this box's owner trusts the base's own code."""
-        return may_run_code(adapter.spec, self._settings)
+        return may_run_code(adapter.spec, self.settings)
 
 
 def usual_arithmetic(adapters: Sequence[Listed], *, in_4bit: bool | None = None, dtype: str = "auto") -> Arithmetic:

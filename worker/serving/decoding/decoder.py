@@ -67,7 +67,7 @@ class Decoder:
         self._turn = 0
         self._token_bytes = bytes_a_token(pool)
         self._cache_bytes = _cache_bytes(pool) if limits.cache_bytes is None else limits.cache_bytes
-        self.context = int(getattr(pool.config.get_text_config(), "max_position_embeddings", 2**31 - 1))
+        self.context = int(getattr(pool.model.config.get_text_config(), "max_position_embeddings", 2**31 - 1))
 
     @property
     def tokenizer(self) -> Any:
@@ -101,7 +101,7 @@ class Decoder:
     @property
     def vocabulary(self) -> int:
         """Tokens have numbers below it."""
-        return int(self._pool.config.get_text_config().vocab_size)
+        return int(self._pool.model.config.get_text_config().vocab_size)
 
     def room(self, prompt: int, least: int = 1) -> int:
         """Tokens that an answer to a prompt of this length may have. Raises TooLong if they are fewer than `least`."""

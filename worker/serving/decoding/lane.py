@@ -73,7 +73,7 @@ class Lane:
         if not rows[0].ask.prompt_logprobs:
             return cache, marks, self._forward(rows, tokens, marks, cache)[:, -1]
         logits = marks
-        at_once = max(1, MOST_LOGITS // (len(rows) * int(self._pool.config.get_text_config().vocab_size)))
+        at_once = max(1, MOST_LOGITS // (len(rows) * int(self._pool.model.config.get_text_config().vocab_size)))
         for begin in range(0, longest, at_once):
             end = min(begin + at_once, longest)
             logits = self._forward(rows, tokens[:, begin:end], marks[:, :end], cache, keep=end - begin)
