@@ -7,6 +7,7 @@ are over.
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from collections.abc import Sequence
 
 from sqlalchemy import ColumnElement, Select, String, and_, cast, exists, func, or_, select
@@ -94,6 +95,7 @@ def _blocked() -> Select[Job]:
     return select(Job).where(WAITS, Job.awaits > 0)
 
 
+@functools.cache  # to make it takes as long as to run it
 def _left() -> Select[Job]:
     ended = aliased(Job)
     succeeded = exists().where(ended.job_id == Job.awaits, ended.status == Status.SUCCEEDED)
