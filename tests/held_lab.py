@@ -352,7 +352,8 @@ def _no_queue(*_: object) -> int:
 def held_lab(home: Path, folder: Path, engine: Engine) -> Iterator[HeldLab]:
     lab = HeldLab(home, folder, engine)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(psutil, "process_iter", lambda *_: iter(()))  # a look at all of the machine's, for nothing
+        for each in ("process_iter", "pids"):  # a look at all of the machine's, for nothing
+            patched.setattr(psutil, each, lambda *_: iter(()))
         patched.setattr(HintQueues, "trim", _no_queue)  # to find that out takes a tenth of a node's time
         try:
             yield lab

@@ -161,12 +161,12 @@ def test_a_trainer_by_fork_is_a_trainer_like_any_other(
     own, another = environment_of(place), environment_of(place, 13)
     with served(place) as server:
         until(lambda: ready(caplog))
-        assert servers(place) == ready(caplog) and runs_of(own[CARD_VARIABLE]) == server.marks
+        assert servers(place) == ready(caplog) and runs_of(own[CARD_VARIABLE], CARD_VARIABLE) == server.marks
         trainer, fresh = forked(server, own), place.launch(place.settings.trainer, another)
         seen = until_shown(trainer.pid)
         until_shown(fresh.pid)
         assert seen.environ() == own and seen.ppid() == os.getpid() and os.getsid(trainer.pid) == trainer.pid
-        assert runs_of(own[CARD_VARIABLE]) == server.marks | {own[RUN_VARIABLE], another[RUN_VARIABLE]}
+        assert runs_of(own[CARD_VARIABLE], CARD_VARIABLE) == server.marks | {own[RUN_VARIABLE], another[RUN_VARIABLE]}
         order(trainer, user="starts")
         order(fresh)
         (pid, job, child, files, folder), log = end(trainer, own[RUN_VARIABLE])

@@ -278,11 +278,12 @@ def card_mark(settings: Settings, node: str) -> str:
     return f"{settings.home}:{node}"
 
 
-def runs_of(card: str, variable: str = CARD_VARIABLE) -> set[str]:
-    """The marks of all attempts with a process on this card, started by the card's own node, or with RANK_VARIABLE by
-    another node."""
+def runs_of(card: str, *variables: str) -> set[str]:
+    """The marks of all attempts with a process on this card: with CARD_VARIABLE those that the card's own node started,
+    with RANK_VARIABLE another node's."""
     environments = map(_environment, psutil.pids())
-    return {own[RUN_VARIABLE] for own in environments if own.get(variable) == card and RUN_VARIABLE in own}
+    here = (own for own in environments if any(own.get(variable) == card for variable in variables))
+    return {own[RUN_VARIABLE] for own in here if RUN_VARIABLE in own}
 
 
 def end_leftovers(run: str) -> list[int]:

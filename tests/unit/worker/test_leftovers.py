@@ -39,8 +39,8 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_process_of_a_card_is_found_by_its_run_and_ended(sleeper: subprocess.Popen[bytes]) -> None:
-    assert runs_of("card") == {run_mark("token")}
-    assert runs_of("another card") == runs_of("card", RANK_VARIABLE) == set()
+    assert runs_of("card", CARD_VARIABLE) == {run_mark("token")}
+    assert runs_of("another card", CARD_VARIABLE) == runs_of("card", RANK_VARIABLE) == set()
     assert end_leftovers(run_mark("token")) == []
     assert not psutil.pid_exists(sleeper.pid)
 

@@ -7,7 +7,7 @@ import logging
 from loractl.common.store.records import Claim
 from loractl.worker.attempt.trainer_run import LEFT_S, left_of
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.device.occupancy import RANK_VARIABLE, card_mark, end_leftovers, run_mark, runs_of
+from loractl.worker.device.occupancy import CARD_VARIABLE, RANK_VARIABLE, card_mark, end_leftovers, run_mark, runs_of
 
 log = logging.getLogger("loractl.worker")
 
@@ -26,15 +26,14 @@ def close_if_left(place: Workplace, claim: Claim) -> None:
 
 def end_all(place: Workplace) -> None:
     """End what a killed earlier node of this device left running; this node runs nothing yet."""
-    for run in runs_of(card_mark(place.settings, place.node)):
+    for run in runs_of(card_mark(place.settings, place.node), CARD_VARIABLE):
         end_leftovers(run)
 
 
 def end_strays(place: Workplace) -> None:
     """End processes of attempts that no longer run. A trainer may have left some behind, and so may the node of another
     card, if it hangs: ranks of a job on several cards."""
-    card = card_mark(place.settings, place.node)
-    marks = runs_of(card) | runs_of(card, RANK_VARIABLE)
+    marks = runs_of(card_mark(place.settings, place.node), CARD_VARIABLE, RANK_VARIABLE)
     if not marks:
         return
     own = frozenset() if place.forks is None else place.forks.marks
