@@ -42,9 +42,8 @@ def test_the_head_that_the_code_names_is_the_newest_migration() -> None:
         assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
 
 
-def test_the_migrations_make_exactly_the_tables_of_the_models(database_url: str) -> None:
-    engine = make_engine(database_url)
-    upgrade(engine)
+def test_the_migrations_make_exactly_the_tables_of_the_models(upgraded_url: str) -> None:
+    engine = make_engine(upgraded_url)
     with engine.connect() as connection:
         # Types are compared too. What Alembic does not compare on SQLite (a partial index's condition, AUTOINCREMENT)
         # is read from the catalogue below.
@@ -53,9 +52,8 @@ def test_the_migrations_make_exactly_the_tables_of_the_models(database_url: str)
     engine.dispose()
 
 
-def test_an_index_of_waiting_jobs_has_no_others(database_url: str) -> None:
-    engine = make_engine(database_url)
-    upgrade(engine)
+def test_an_index_of_waiting_jobs_has_no_others(upgraded_url: str) -> None:
+    engine = make_engine(upgraded_url)
     indexes = {index["name"]: index for index in inspect(engine).get_indexes("jobs")}
     assert "'queued'" in str(indexes["ix_jobs_order"]["dialect_options"][f"{engine.dialect.name}_where"])
     first = {name: index["column_names"][0] for name, index in indexes.items() if name is not None}
@@ -64,9 +62,8 @@ def test_an_index_of_waiting_jobs_has_no_others(database_url: str) -> None:
     engine.dispose()
 
 
-def test_a_job_number_is_never_given_twice(database_url: str) -> None:
-    engine = make_engine(database_url)
-    upgrade(engine)
+def test_a_job_number_is_never_given_twice(upgraded_url: str) -> None:
+    engine = make_engine(upgraded_url)
     row = (
         'INSERT INTO jobs (name, "user", labels, spec, base_model, data, priority, vram_class, '
         "queue_key, status, held, attempt, retries_used, submitted_at) VALUES ('a', 'b', '{}', '{}', 'd', "
@@ -91,11 +88,10 @@ def test_an_upgrade_says_from_where_to_where_and_a_second_one_changes_nothing(da
     engine.dispose()
 
 
-def test_a_downgrade_removes_every_table_again(database_url: str) -> None:
+def test_a_downgrade_removes_every_table_again(upgraded_url: str) -> None:
     from alembic import command
 
-    engine = make_engine(database_url)
-    upgrade(engine)
+    engine = make_engine(upgraded_url)
     with engine.begin() as connection, alembic_config(connection) as config:
         command.downgrade(config, "base")
     assert set(inspect(engine).get_table_names()) == {"alembic_version"}
@@ -121,11 +117,10 @@ def test_an_upgraded_lab_stays_open_until_its_owner_closes_it_and_a_new_one_is_c
     engine.dispose()
 
 
-def test_a_downgrade_gives_each_job_the_retries_of_its_spec(database_url: str) -> None:
+def test_a_downgrade_gives_each_job_the_retries_of_its_spec(upgraded_url: str) -> None:
     from alembic import command
 
-    engine = make_engine(database_url)
-    upgrade(engine)
+    engine = make_engine(upgraded_url)
     store = Store(engine)
     job_id = store.jobs.submit(submission(max_retries=5))
     with engine.begin() as connection, alembic_config(connection) as config:
@@ -165,28 +160,26 @@ def test_four_upgrades_at_once_leave_one_schema_and_no_error(database_url: str) 
     engine.dispose()
 
 
-def test_a_database_that_is_newer_than_the_code_is_left_alone(database_url: str, tmp_path: Path) -> None:
-    engine = make_engine(database_url)
-    upgrade(engine)
+def test_a_database_that_is_newer_than_the_code_is_left_alone(upgraded_url: str, tmp_path: Path) -> None:
+    engine = make_engine(upgraded_url)
     set_revision(engine, "9999")
     with pytest.raises(SchemaMismatch, match=f"is at revision 9999, this loractl needs revision {HEAD}") as caught:
         upgrade(engine)
     assert caught.value.hint is not None
     assert "upgrade loractl on this machine" in caught.value.hint
     with pytest.raises(SchemaMismatch):
-        connect(settings_for(database_url, tmp_path))
+        connect(settings_for(upgraded_url, tmp_path))
     assert revision(engine) == "9999"
     engine.dispose()
 
 
 def test_a_database_too_old_to_be_upgraded_is_left_alone_and_the_loractl_that_upgrades_it_is_named(
-    database_url: str, tmp_path: Path
+    upgraded_url: str, tmp_path: Path
 ) -> None:
-    engine = make_engine(database_url)
-    upgrade(engine)
+    engine = make_engine(upgraded_url)
     set_revision(engine, "0030")
     sentence = "the database is at revision 0030, and this loractl upgrades from revision 0031 on"
-    for use in (upgrade, lambda _: connect(settings_for(database_url, tmp_path))):
+    for use in (upgrade, lambda _: connect(settings_for(upgraded_url, tmp_path))):
         with pytest.raises(SchemaMismatch) as caught:
             use(engine)
         assert caught.value.sentence == sentence

@@ -27,7 +27,6 @@ NEED = Need(lora=10 * GIB, qlora=None)
 
 def opened(url: str) -> tuple[Engine, Store, Clock]:
     engine, clock = make_engine(url), Clock()
-    upgrade(engine)
     store = Store(engine, clock)
     see(store)
     return engine, store, clock
@@ -65,8 +64,8 @@ def upgraded(engine: Engine, as_before: Callable[[Engine], None]) -> None:
         assert connection.execute(text(f"SELECT count(*) FROM {of_hosts} LIKE '%hosts%'")).scalar() == 0
 
 
-def test_what_was_measured_of_several_jobs_in_one_trainer_teaches_nothing(database_url: str) -> None:
-    engine, store, clock = opened(database_url)
+def test_what_was_measured_of_several_jobs_in_one_trainer_teaches_nothing(upgraded_url: str) -> None:
+    engine, store, clock = opened(upgraded_url)
     for peak in (8.0, 8.5, 9.0):
         store.attempts.finish(started(store), Reason.OK, "done", Progress(vram_process=int(peak * GIB)), RESULT)
         clock.forward(60)
@@ -92,9 +91,9 @@ def test_what_was_measured_of_several_jobs_in_one_trainer_teaches_nothing(databa
     engine.dispose()
 
 
-def test_jobs_that_shared_a_trainer_at_the_upgrade_go_on_from_their_checkpoints(database_url: str) -> None:
+def test_jobs_that_shared_a_trainer_at_the_upgrade_go_on_from_their_checkpoints(upgraded_url: str) -> None:
     """One had the whole of the trainer, one its own part, and one had ended and was not out of it yet."""
-    engine, store, clock = opened(database_url)
+    engine, store, clock = opened(upgraded_url)
     claims = [started(store, preemptible=n == 0) for n in range(3)]
     first, second, third = claims
     for claim in claims:

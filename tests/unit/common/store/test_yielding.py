@@ -210,11 +210,10 @@ def test_why_says_who_gives_way_to_whom_before_and_after(lab: Lab) -> None:
 
 
 @pytest.mark.both
-def test_jobs_of_before_the_upgrade_keep_their_cards_and_go_on(database_url: str) -> None:
+def test_jobs_of_before_the_upgrade_keep_their_cards_and_go_on(upgraded_url: str) -> None:
     from alembic import command
 
-    engine = make_engine(database_url)
-    upgrade(engine)
+    engine = make_engine(upgraded_url)
     store = Store(engine)
     store.cards.see(node_state(BOX, max_jobs=1, total=24 * 2**30))
     runs, waits, willing, silent = (
