@@ -108,10 +108,12 @@ def _typed(statement: str, *parameters: BindParameter[Any]) -> TextualSelect:
     return bound.columns(**{name: _TYPES[name] for name in _READ})
 
 
-_NEXT = _typed(
-    f'SELECT {_COLUMNS} FROM jobs WHERE {READY} AND "user" = :user AND queue_key = :key'  # noqa: S608  no input
-    f" AND {_BEHIND} ORDER BY {IN_LINE} LIMIT :most"
-)
+_AFTER = f'FROM jobs WHERE {READY} AND "user" = :user AND queue_key = :key AND {_BEHIND} ORDER BY {IN_LINE} LIMIT :most'
+_NEXT = _typed(f"SELECT {_COLUMNS} {_AFTER}")
+_SHORT = text(f"SELECT job_id, submitted_at, work_left_s {_AFTER}")
+_NEXT_ALIKE = _SHORT.bindparams(bindparam("now", type_=UtcDateTime())).columns(submitted_at=UtcDateTime())
+"""The same where the key says the rest of them."""
+
 _NUMBERED = _typed(
     f"SELECT {_COLUMNS} FROM jobs WHERE {READY} AND job_id IN :numbers",  # noqa: S608  no input
     bindparam("numbers", expanding=True),
@@ -163,7 +165,12 @@ class StoredQueue:
 
     def behind(self, job: Waiting) -> list[Waiting]:
         """The next jobs of its line, read at once; none if it is the last."""
-        return self._read(_NEXT, user=job.user, key=job.key, left_s=job.left_s, job_id=job.job_id, most=self._at_once)
+        place = {"user": job.user, "key": job.key, "left_s": job.left_s, "job_id": job.job_id, "most": self._at_once}
+        key = QueueKey.parse(job.key)
+        if not key.is_whole:
+            return self._read(_NEXT, **place)
+        rows = self._session.execute(_NEXT_ALIKE, {"now": self._now, **place}).all()
+        return [key.job(job_id, job.user, since, left_s) for job_id, since, left_s in rows]
 
     def after(self, job: Waiting) -> Waiting | None:
         if job.job_id not in self._next:

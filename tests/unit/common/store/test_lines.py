@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from loractl.common.job.method import Method
+from loractl.common.job.method import Method, Need, Parallel, SharedNeed, Ways
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.lines import Waiting, in_line
 from loractl.common.placement.rule import RESERVE_AFTER_S, turns
@@ -245,6 +246,18 @@ def test_any_number_of_lines_that_can_t_start_keep_no_card_from_those_behind_the
     assert timed.jobs.has_unfinished(24 * GIB, {}) and not timed.jobs.has_unfinished(7 * GIB, {})
     claim = timed.attempts.claim("box:0")
     assert isinstance(claim, Claim) and claim.job_id == small
+
+
+@pytest.mark.parametrize(
+    "ways", [Ways(), Ways(gangs=(SharedNeed(cards=2, parallel=Parallel.DATA, need=Need(lora=GIB, qlora=GIB)),))]
+)
+def test_the_next_of_a_line_are_read_as_their_rows_say(store: Store, ways: Ways) -> None:
+    """Also what no key says: how several cards divide a job."""
+    for _ in range(3):
+        store.jobs.submit(replace(submission(resources={"node_labels": YES}), ways=ways))
+    first, *others = (waiting_of(vars(job), NOON) for job in sorted(store.jobs.matching(), key=lambda job: job.job_id))
+    with Session(store.engine) as session:
+        assert StoredQueue(session, store.now()).behind(first) == others
 
 
 def fill(store: Store, queue: list[dict[str, Any]]) -> None:
