@@ -178,7 +178,8 @@ def test_of_two_boxes_on_postgresql_jobs_yield_and_go_on_on_either(lab: Lab) -> 
             LORACTL_REDIS_URL=f"redis+socket://{lab.home / 'run' / 'valkey.sock'}",
         )  # fmt: skip
     until(lambda: len(lab.store.cards.fleet().nodes) == 2)
-    longs = [long_one(lab, name=f"long-{n}") for n in range(2)]
+    # on a busy machine the second one may begin long after the first
+    longs = [long_one(lab, steps=3 * STEPS, name=f"long-{n}") for n in range(2)]
     for job_id in longs:
         lab.until(job_id, trains)
     comes(lab, *shorts)
