@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from .channels import Channel, channel_names, read_channels
 from .errors import LoractlError, UsageError
-from .units import parse_size, seconds_of
+from .units import seconds_of, size_of
 
 _KEYS = (
     "database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "store_patience", "user", "host",
@@ -200,12 +200,7 @@ def _pairs(key: str, text: str | None) -> frozenset[str]:
 
 
 def _size(key: str, text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise UsageError(f"LORACTL_{key.upper()} {text!r} {error}") from error
+    return None if text is None else size_of(f"LORACTL_{key.upper()}", text)
 
 
 def _lease(text: str | None) -> float:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def settle_predecessors(
     spec: JobSpec,
-    store: Store,
+    store: Store | None,
     beside: Mapping[str, JobSpec] | None = None,
     job_id: int | None = None,
     before: JobSpec | None = None,
@@ -30,14 +30,22 @@ def settle_predecessors(
     among those that it starts after if it may not have ended yet. It says publish: false if that job's adapter, or one
     merged into its base, may not be published: whatever happens to their rows and folders.
 
-    `beside`: the jobs of the same submit by name, whose numbers are not known yet. `job_id`: of a job submitted before,
-    `before`: its spec until now; the jobs after which that starts may have been removed since.
+    `store`: None where a dry run has no database to ask; then only names are checked. `beside`: the jobs of the same
+    submit by name, whose numbers are not known yet. `job_id`: of a job submitted before, `before`: its spec until now;
+    the jobs after which that starts may have been removed since.
     Raises JobNotFound, AdapterNotFound, UsageError for a job that does not exist, one submitted later, and an adapter
     of another base, rank or layers.
     """
     if not may_be_published(spec.base_model):
         spec = spec.model_copy(update={"publish": False})
     beside, begun = beside or {}, spec.lora.init_from
+    if strangers := [name for name in _named(spec) if name not in beside]:
+        raise UsageError(
+            f"{spec.name}: after names {strangers[0]}, which is not a job of this submit",
+            "submit both files together, or write the number of a job that is queued already",
+        )
+    if store is None:
+        return spec
     if isinstance(begun, AncestorJob) and begun.sweep is not None:
         return _begun_from_best(spec, store, begun.sweep, before)
     if isinstance(begun, AncestorJob) and begun.job is not None:
@@ -45,11 +53,6 @@ def settle_predecessors(
         named = begun if isinstance(begun.job, str) else str(begun.job)  # a name has no number before it is written
         lora = spec.lora.model_copy(update={"init_from": named})
         spec = spec.model_copy(update={"after": after, "lora": lora})
-    if strangers := [one for one in spec.after if isinstance(one, str) and one not in beside]:
-        raise UsageError(
-            f"{spec.name}: after names {strangers[0]}, which is not a job of this submit",
-            "submit both files together, or write the number of a job that is queued already",
-        )
     numbers = [one for one in spec.after if isinstance(one, int)]
     known = {*store.jobs.numbered(numbers), *([] if before is None else before.after)}
     if missing := [number for number in numbers if number not in known]:

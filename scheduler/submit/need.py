@@ -43,7 +43,7 @@ def plan_job(
 
     Raises UsageError if its own max_vram is less than it needs with any method, or if lora.init_from does not fit.
     """
-    spec = spec if store is None else settle_predecessors(spec, store, beside, before=before)
+    spec = settle_predecessors(spec, store, beside, before=before)
     check_adapter(spec)
     stack = fleet_stack(store, devices)
     plan = memory_plan(spec, data, stack, store.attempts.measured if store and stack.on_gpu else lambda *_: [])

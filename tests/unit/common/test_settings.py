@@ -58,7 +58,7 @@ def test_a_trainer_s_ram_is_a_size_with_its_unit(tmp_path: Path) -> None:
     assert load_settings({**home, "LORACTL_STORE_PATIENCE": "90s"}).store_patience_s == 90
     with pytest.raises(UsageError, match="LORACTL_STORE_PATIENCE: 'soon' is not a duration"):
         load_settings({**home, "LORACTL_STORE_PATIENCE": "soon"})
-    with pytest.raises(UsageError, match="LORACTL_TRAINER_RAM 'much' is not a size"):
+    with pytest.raises(UsageError, match="LORACTL_TRAINER_RAM: 'much' is not a size"):
         load_settings({**home, "LORACTL_TRAINER_RAM": "much"})
 
 

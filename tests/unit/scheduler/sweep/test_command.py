@@ -187,6 +187,8 @@ def test_the_rows_of_all_members_are_looked_at_hashed_and_stored_once(
 def test_no_member_starts_after_another_one(job: Path, tmp_path: Path) -> None:
     error = call(job, RATES, "after=triage-2", home=tmp_path / "home").exception
     assert isinstance(error, UsageError) and "not a job of this submit" in error.sentence
+    told = refused(job, RATES, "after=triage-2").sentence
+    assert told == error.sentence, "a dry run says so where there is no database, too"
 
 
 def test_a_base_that_no_worker_can_load_is_refused(job: Path) -> None:
