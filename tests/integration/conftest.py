@@ -109,8 +109,9 @@ _trained = itertools.count()
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of a box: one for all tests of a module, so that each base is measured and each way of putting rows
-    behind each other is tried once. A module that is about this has an empty one for each test."""
+    """The cache of a box: one for all tests of a module, so that each way of putting rows behind each other is tried
+    once. A module that is about this has an empty one for each test. Every training measures its base: a measurement
+    is believed only where the order names its file, and that of `start` names none."""
     return tmp_path_factory.mktemp("cache")
 
 
