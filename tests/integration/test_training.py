@@ -33,6 +33,9 @@ from loractl.worker.recipe.checkpoint import newest_checkpoint
 from ..models import write_helpdesk
 from .conftest import Recipe
 
+NOT_EVALUATED = {"samples": 0, "metrics": ["loss"]}
+"""Of the evaluation no more than there must be: a test is about the training."""
+
 
 def _losses(told: list) -> list[float]:
     return [m.metrics["loss"] for m in told if isinstance(m, Stepped) and "loss" in m.metrics]
@@ -87,10 +90,11 @@ def test_tokens_seen_count_from_the_first_step_after_a_resume_too(recipe: Recipe
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(recipe: Recipe, method: str, tmp_path: Path) -> None:
-    _, whole = recipe("whole", method=method)
-    ended, _ = recipe("first", method=method, stop_after=5)
+    keys = {"method": method, "evaluation": NOT_EVALUATED}
+    _, whole = recipe("whole", **keys)
+    ended, _ = recipe("first", stop_after=5, **keys)
     assert ended.reason is Reason.DRAINED
-    _, rest = recipe("rest", method=method, resume="first")
+    _, rest = recipe("rest", resume="first", **keys)
     resumed = next(m.resumed_from_step for m in rest if isinstance(m, Note) and m.kind == "resumed")
     assert 5 <= resumed < 8
     assert _losses(rest) == _losses(whole)[resumed:]
@@ -103,7 +107,7 @@ def test_a_torn_newest_checkpoint_is_passed_over_for_an_older_whole_one(recipe: 
     assert len(saved) == 2
     torn = saved[-1] / "adapter_model.safetensors"
     torn.write_bytes(torn.read_bytes()[:-10])
-    _, told = recipe("rest", resume="first")
+    _, told = recipe("rest", resume="first", stop_after=5)
     assert next(m.resumed_from_step for m in told if isinstance(m, Note) and m.kind == "resumed") == 4
 
 
@@ -116,7 +120,7 @@ def test_a_checkpoint_that_does_not_fit_is_tried_once(recipe: Recipe, tmp_path: 
     save_file(renamed, path)  # as many bytes, so that its marker holds
     with pytest.raises(TrainingFailed, match="the checkpoint's adapter is not that of this training"):
         recipe("second", resume="first")
-    _, told = recipe("third", resume="first")
+    _, told = recipe("third", resume="first", stop_after=5)
     assert next(m.resumed_from_step for m in told if isinstance(m, Note) and m.kind == "resumed") == 4
 
 
@@ -136,7 +140,7 @@ def test_a_run_that_had_trained_to_its_end_is_evaluated_again_without_another_st
 
 
 def test_tokens_per_second_count_real_tokens_of_short_last_batches_too(recipe: Recipe, tmp_path: Path) -> None:
-    recipe(max_steps=None, num_train_epochs=2, per_device_train_batch_size=16)
+    recipe(max_steps=None, num_train_epochs=2, per_device_train_batch_size=16, evaluation=NOT_EVALUATED)
     report = json.loads((tmp_path / "a" / "result" / "report.json").read_text())
     training, tokens = report["training"], report["data"]["train_tokens"]
     assert training["tokens_per_second"] * training["seconds"] == pytest.approx(2 * tokens, rel=0.02)
@@ -205,7 +209,7 @@ def test_rows_in_both_files_are_not_held_out(tiny_model: Path, tmp_path: Path) -
 
 def test_a_checkpoint_of_another_batch_size_is_not_resumed(recipe: Recipe) -> None:
     recipe("first", stop_after=5)
-    _, told = recipe("rest", resume="first", per_device_train_batch_size=2)
+    _, told = recipe("rest", resume="first", per_device_train_batch_size=2, stop_after=1)
     assert not [m for m in told if isinstance(m, Note) and m.kind == "resumed"]
 
 
@@ -231,9 +235,6 @@ def test_an_exploding_learning_rate_ends_as_diverged(recipe: Recipe) -> None:
             lora={"lora_alpha": 1e30},
         )
     assert failure.value.reason is Reason.DIVERGED
-
-
-NOT_EVALUATED = {"samples": 0, "metrics": ["loss"]}
 
 
 def test_the_default_warm_up_leaves_one_step_to_learn_in(recipe: Recipe, tmp_path: Path) -> None:
@@ -263,16 +264,15 @@ def test_unknown_target_modules_name_the_right_ones(recipe: Recipe) -> None:
 
 
 def test_named_target_modules_are_the_only_ones_adapted(recipe: Recipe, tmp_path: Path) -> None:
-    recipe(lora={"target_modules": ["q_proj", "v_proj"]}, max_steps=1)
+    recipe(lora={"target_modules": ["q_proj", "v_proj"]}, max_steps=1, evaluation=NOT_EVALUATED)
     report = json.loads((tmp_path / "a" / "result" / "report.json").read_text())
     assert report["adapter"]["modules"] == ["q_proj", "v_proj"]
 
 
 def test_accumulated_batches_learn_like_one_large_batch(recipe: Recipe) -> None:
-    _, whole = recipe("whole", per_device_train_batch_size=4, max_steps=4, lora={"lora_dropout": 0.0})
-    _, parts = recipe(
-        "parts", per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=4, lora={"lora_dropout": 0.0}
-    )
+    keys = {"max_steps": 4, "lora": {"lora_dropout": 0.0}, "evaluation": NOT_EVALUATED}
+    _, whole = recipe("whole", per_device_train_batch_size=4, **keys)
+    _, parts = recipe("parts", per_device_train_batch_size=1, gradient_accumulation_steps=4, **keys)
     # bf16 rounds sums in another order; answers of different lengths must still weigh by tokens
     assert _losses(parts) == pytest.approx(_losses(whole), rel=5e-3)
 
