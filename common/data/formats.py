@@ -179,10 +179,13 @@ def detect_format(
     first = next(iter(rows))
     columns = {key: value for key, value in first.value.items() if value is not None}
     if wanted is DataFormat.CLASSIFICATION:
-        _check_labelled(first, columns, file)
+        hint = "name yours with dataset.columns, like {text: review, label: mood}; answers are for task_type: CAUSAL_LM"
+        _check_columns(first, ("text", "label"), "a classifier learns from rows", hint, file)
         return wanted, "what task_type: SEQ_CLS reads"
     if wanted is DataFormat.PREFERENCE:
-        _check_paired(first, columns, file)
+        hint = "name yours with dataset.columns, like {chosen: better, rejected: worse}; answers are for "
+        hint += "task_type: CAUSAL_LM"
+        _check_columns(first, SIDES, "pairs are rows", hint, file)  # the prompt may be in both answers
         return (DataFormat.PREFERENCE_TEXT if is_text(first.value) else wanted), "what task_type: preference reads"
     if wanted in (DataFormat.AUTO, DataFormat.PROMPT_COMPLETION) and _in_two_lists(first):
         return DataFormat.MESSAGES, "the rows have prompt and completion, which are lists of messages"
@@ -206,20 +209,11 @@ def detect_format(
     )
 
 
-def _check_paired(first: RawRow, columns: Mapping[str, Any], file: str | Path) -> None:
-    """A pair has two answers, and a prompt that may be in them. Raises DataError."""
-    if not {*SIDES} <= first.value.keys():
-        what = f"pairs are rows with chosen and rejected, and the columns are {column_names(columns)}"
-        hint = "name yours with dataset.columns, like {chosen: better, rejected: worse}; answers are for "
-        hint += "task_type: CAUSAL_LM"
-        raise DataError(file, what, row=first.number, hint=hint, kind="unknown columns")
-
-
-def _check_labelled(first: RawRow, columns: Mapping[str, Any], file: str | Path) -> None:
-    """A classifier's rows have two columns, and may have others. Raises DataError."""
-    if not {"text", "label"} <= first.value.keys():
-        what = f"a classifier learns from rows with text and label, and the columns are {column_names(columns)}"
-        hint = "name yours with dataset.columns, like {text: review, label: mood}; answers are for task_type: CAUSAL_LM"
+def _check_columns(first: RawRow, needed: tuple[str, str], rows: str, hint: str, file: str | Path) -> None:
+    """Raises DataError unless the first row has both columns; it may have others."""
+    if not {*needed} <= first.value.keys():
+        given = column_names({name: value for name, value in first.value.items() if value is not None})
+        what = f"{rows} with {' and '.join(needed)}, and the columns are {given}"
         raise DataError(file, what, row=first.number, hint=hint, kind="unknown columns")
 
 

@@ -10,7 +10,6 @@ import unicodedata
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
 
 from loractl.common.verdict import MIN_CASES
 
@@ -19,6 +18,7 @@ from .findings import LABELS, Finding, about_rows, answer_of, number_rows, share
 from .giveaway import Giveaway
 from .resemblance import Resemblance
 from .rows import Told
+from .split import Split
 
 FEW_TRAINED = 20
 """With fewer rows a model learns them by heart."""
@@ -48,13 +48,13 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 def check_examples(
     train: Sequence[Example],
     held_out: Sequence[Example],
-    left_out: LeftOut | None = None,
+    split: Split | None = None,
     told: Told | None = None,
     leaks: Leaks | None = None,
     final: Leaks | None = None,
     giveaway: Giveaway | None = None,
 ) -> list[Finding]:
-    """Findings from the rows themselves. `left_out`: the held-out and final rows that would measure nothing.
+    """Findings from the rows themselves, and about the held-out and final rows that a `split` left out.
 
     `told` is called with the number of rows looked at. Each row is looked at once, and only its digests are kept.
     Afterwards `leaks`, of the held-out rows, and `final`, of the final rows, know which of them are given away, and
@@ -72,32 +72,13 @@ def check_examples(
             told(count, len(train))
     findings = [*_counts(train, held_out, final), *(finding for look in first for finding in look.findings())]
     pairs = bool(train) and bool(train[0].rejected)
-    findings += _held_back(left_out, pairs=pairs) if left_out is not None else []
+    findings += _held_back(split, pairs=pairs) if split is not None else []
     return findings + [finding for look in then for finding in look.findings()]
 
 
-class LeftOut(Protocol):
-    """What a split says about the held-out rows that it left out, see Split."""
-
-    @property
-    def overlap(self) -> int: ...
-
-    @property
-    def near(self) -> int: ...
-
-    @property
-    def repeated(self) -> int: ...
-
-    @property
-    def final_overlap(self) -> int: ...
-
-    @property
-    def final_repeated(self) -> int: ...
-
-
-def _held_back(left_out: LeftOut, *, pairs: bool) -> Iterator[Finding]:
+def _held_back(split: Split, *, pairs: bool) -> Iterator[Finding]:
     """`pairs`: rows with the same prompt are alike, whatever their answers are."""
-    overlap, near, repeated = left_out.overlap, left_out.near, left_out.repeated
+    overlap, near, repeated = split.overlap, split.near, split.repeated
     of = "{its prompt is|their prompts are}" if pairs else "{it is|they are}"
     if overlap:
         text = f"{{n}} of the held-out file left out, because {of} trained on"
@@ -110,10 +91,10 @@ def _held_back(left_out: LeftOut, *, pairs: bool) -> Iterator[Finding]:
         text = text if pairs else f"{{n}} held out {again}: each row counts once"
         text = number_rows(text, repeated)
         yield Finding(level="warning", kind="repeated held-out rows", text=text, count=repeated)
-    if overlap := left_out.final_overlap:
+    if overlap := split.final_overlap:
         text = number_rows(f"{{n}} of the final file left out, because {of} trained on or held out", overlap)
         yield Finding(level="warning", kind="overlap", text=text, count=overlap)
-    if twice := left_out.final_repeated:
+    if twice := split.final_repeated:
         again = "{answers|answer} a prompt that is among them already" if pairs else again
         text = number_rows(f"{{n}} of the final ones {again}", twice)
         yield Finding(level="warning", kind="repeated held-out rows", text=text, count=twice)

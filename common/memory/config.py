@@ -36,20 +36,19 @@ def _folder(text: str) -> Path:
 
 def read_shape(model: str | Path, revision: str | None = None) -> Shape | None:
     """The shape of a model in a folder, or of a hub id whose config.json the local cache holds; None if unknown."""
-    path = find_config(model, revision)
-    if path is None:
-        return None
-    try:
-        return shape_of(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError):
-        return None
+    return shape_of(_read_config(model, revision))
 
 
 def foreign_format(model: str | Path, revision: str | None = None) -> str | None:
     """How others quantised the weights of a model, like gptq; see format_of. None if no config is here."""
+    return format_of(_read_config(model, revision))
+
+
+def _read_config(model: str | Path, revision: str | None) -> Any:
+    """A model's config.json as it is written; None without one that can be read."""
     path = find_config(model, revision)
     try:
-        return None if path is None else format_of(json.loads(path.read_text("utf-8")))
+        return None if path is None else json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
 

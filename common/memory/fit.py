@@ -15,10 +15,10 @@ from loractl.common.units import GIB
 
 from .config import read_shape
 from .correction import Measured, learned, learned_roomy
-from .need_key import active_parameters, model_family, need_key
+from .need_key import need_key
 from .plan import plan, predict
 from .shape import Shape
-from .step import Lengths, Stack, micro_batch
+from .step import Lengths, Stack, longest_row, micro_batch
 
 NEVER_DIVIDED = 8 * GIB
 """A job that needs less of one card is not divided unless it asks for that: nearly every card holds it."""
@@ -43,7 +43,8 @@ def memory_plan(
     spec: JobSpec, data: dict[str, Any], stack: Stack, measured: Callable[[str, str | None], Sequence[Measured]]
 ) -> MemoryPlan:
     """`data`: its stored data sets. `measured`: gives the peaks of jobs of a need key and a family."""
-    key, family = need_key(spec, data), model_family(spec)
+    key, shape = need_key(spec, data), read_shape(spec.base_model, spec.revision)
+    family = None if shape is None else shape.family
     planned, peaks = predict(spec, stack=stack), measured(key, family)
     roomy = learned_roomy(plan_roomy(spec, stack=stack), key, peaks)
     return MemoryPlan(
@@ -52,7 +53,7 @@ def memory_plan(
         roomy=roomy,
         need_key=key,
         family=family,
-        parameters=active_parameters(spec),
+        parameters=None if shape is None else shape.active_parameters,
     )
 
 
@@ -79,7 +80,9 @@ def plan_ways(
         for n in counts
         for how in hows
     ]
-    return Ways(alone=cards == "auto", gangs=tuple(way for way in ways if _is_open(way, methods)))
+    least = [(way, least_need(methods, way.need)) for way in ways]
+    open_ways = tuple(way for way, size in least if size is None or size < NO_CARD_HAS)
+    return Ways(alone=cards == "auto", gangs=open_ways)
 
 
 def _each(
@@ -103,11 +106,6 @@ def _each(
         return each if each <= most else NO_CARD_HAS
 
     return Need(lora=size(Method.LORA), qlora=size(Method.QLORA))
-
-
-def _is_open(way: SharedNeed, methods: Sequence[Method]) -> bool:
-    least = least_need(methods, way.need)
-    return least is None or least < NO_CARD_HAS
 
 
 LEAST_WORK = 10**11
@@ -135,20 +133,16 @@ def plan_roomy(spec: JobSpec, lengths: Lengths | None = None, *, stack: Stack | 
 
 def _forms(shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None, stack: Stack) -> tuple[RoomyForm, ...]:
     training, forms = spec.training, list[RoomyForm]()
-    rows = training.per_device_train_batch_size
+    rows, length = training.per_device_train_batch_size, lengths.train if lengths else longest_row(spec)
     while rows:
         form = RoomyForm(micro_batch=rows, bytes=0, planned=0)
         runs = adjusted(spec, in_its_room(spec, Adjustment(), form))
         size = plan(shape, runs, method, lengths, stack=stack).need_bytes
         forms.append(replace(form, bytes=size, planned=size))
         rows = training.micro_batch(min(rows, micro_batch(spec, lengths)) // 2)
-        if training.exact or rows * _length(spec, lengths) * _block_weights(shape) < LEAST_WORK:
+        if training.exact or rows * length * _block_weights(shape) < LEAST_WORK:
             break
     return tuple(forms)
-
-
-def _length(spec: JobSpec, lengths: Lengths | None) -> int:
-    return lengths.train if lengths else spec.kind.halves * spec.dataset.max_length
 
 
 def _block_weights(shape: Shape) -> int:

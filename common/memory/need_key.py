@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.job.kinds import ANSWERS
 from loractl.common.job.sections import PromptTemplate
 
-from .config import read_shape
 from .engine import ENGINE
 
 if TYPE_CHECKING:
@@ -61,15 +60,3 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
         deciding["dataset"] |= {"path": hashes.get("path"), "eval_path": hashes.get("eval_path")}
         deciding["dataset"] |= {"final_path": hashes["final_path"]} if "final_path" in hashes else {}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
-
-
-def active_parameters(spec: JobSpec) -> int | None:
-    """The base's parameters that a token passes; None when its config is not on this machine."""
-    shape = read_shape(spec.base_model, spec.revision)
-    return None if shape is None else shape.active_parameters
-
-
-def model_family(spec: JobSpec) -> str | None:
-    """The base's model_type; None when its config is not on this machine."""
-    shape = read_shape(spec.base_model, spec.revision)
-    return None if shape is None else shape.family

@@ -144,7 +144,7 @@ def plan(
     }
     parts = {name: int(size) for name, size in sizes.items()}
     margin = int(MARGIN_SHARE * (held + peak.training))
-    notes = _notes(shape, spec, step, stack, peak.logits > 0)
+    notes = _notes(shape, step, stack, optimizer, trained=adapter // 4, at_loss=peak.logits > 0)
     return Plan(method=method, parts=parts, margin_bytes=margin, notes={name: notes[name] for name in parts})
 
 
@@ -221,16 +221,11 @@ def traced_plan(weights: int, adapter: int, state: int, own: int, method: Method
     return Plan(method=method, parts=parts, margin_bytes=margin, notes=words)
 
 
-def _apart(step: Step) -> str:
-    return f"{step.batch} rows with {thousands(step.tokens)} tokens in all, the longest with {step.length}"
-
-
-def _notes(shape: Shape, spec: JobSpec, step: Step, stack: Stack, at_loss: bool) -> dict[str, str]:
-    method = Method.QLORA if step.quantised else Method.LORA
-    trained = sum(size * count for size, count in adapter_tensors(shape, spec, step.labels))
-    optimizer = optimizer_name(spec, method, on_gpu=stack.on_gpu)
-    each = step.unpadded is None or step.unpadded == step.batch * step.length
-    rows = f"{step.batch} x {step.length} tokens" if each else _apart(step)
+def _notes(shape: Shape, step: Step, stack: Stack, optimizer: str, *, trained: int, at_loss: bool) -> dict[str, str]:
+    """`trained`: parameters. `at_loss`: whether the loss is the peak."""
+    rows = f"{step.batch} x {step.length} tokens"
+    if step.tokens != step.batch * step.length:
+        rows = f"{step.batch} rows with {thousands(step.tokens)} tokens in all, the longest with {step.length}"
     rows += " a card" if stack.cards > 1 else ""
     weights = "fp32" if step.full else "bf16"
     if step.quantised:

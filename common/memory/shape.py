@@ -121,11 +121,6 @@ class Shape:
         return sum(block.count for block in self.blocks if block.text)
 
     @property
-    def ffn(self) -> int:
-        """Width of the widest dense MLP; of the chosen experts together where there is none."""
-        return max(_width(block) for block in self.blocks if block.text)
-
-    @property
     def embedding(self) -> int:
         return self.vocab * self.hidden
 
@@ -195,8 +190,3 @@ def _matched(pattern: str, block: Block, layer: Linear) -> int:
 
 def _names(target: str, name: str) -> bool:
     return target == name or name.endswith(f".{target}") or target.endswith(f".{name}")
-
-
-def _width(block: Block) -> int:
-    dense = max((layer.inputs for layer in block.linears if layer.name.startswith("mlp.")), default=0)
-    return max(dense, block.experts.chosen * block.experts.ffn if block.experts else 0)

@@ -92,7 +92,7 @@ class Step:
         saved = {saved_part(name) for name in spec.lora.modules_to_save}
         lean = is_lean(shape, spec) and not stack.padded
         asked = None if training.attn_implementation == "auto" else training.attn_implementation
-        row = lengths.train if lengths else spec.kind.halves * spec.dataset.max_length
+        row = lengths.train if lengths else longest_row(spec)
         texts = 1 if lean else spec.kind.halves  # of a row, where each is padded by itself
         batch = micro_batch(spec, lengths, stack.cards) * texts
         return cls(
@@ -108,7 +108,7 @@ class Step:
             dora=spec.lora.use_dora,
             packed=training.packing,
             length=row if texts == 1 else (lengths and lengths.text) or row // texts,
-            evaluated=lengths.evaluate if lengths else spec.kind.halves * spec.dataset.max_length,
+            evaluated=lengths.evaluate if lengths else longest_row(spec),
             quantised=method is Method.QLORA,
             checkpoints=checkpoints_activations(spec, on_gpu=stack.on_gpu),
             dropout=spec.lora.lora_dropout > 0,
@@ -153,6 +153,11 @@ def is_lean(shape: Shape, spec: JobSpec) -> bool:
     padded = training.exact or training.engine == "peft" or training.torch_compile
     padded = padded or training.neftune_noise_alpha is not None
     return not padded and spec.kind.padded is None and not shape.needs_padding
+
+
+def longest_row(spec: JobSpec) -> int:
+    """The most tokens that a row may have."""
+    return spec.kind.halves * spec.dataset.max_length
 
 
 def micro_batch(spec: JobSpec, lengths: Lengths | None, cards: int = 1) -> int:

@@ -12,8 +12,9 @@ from loractl.common.job.amendment import Amended, Standing, changes
 from loractl.common.job.file import amended_spec, override_spec
 from loractl.common.job.method import Method, Need, Ways
 from loractl.common.job.status import Status
+from loractl.common.memory.config import read_shape
 from loractl.common.memory.fit import MemoryPlan
-from loractl.common.memory.need_key import active_parameters, need_key
+from loractl.common.memory.need_key import need_key
 from loractl.common.store.columns import word
 from loractl.common.store.records import Amendment, Submission
 from loractl.scheduler.submit.ancestor import settle_predecessors
@@ -123,9 +124,9 @@ def _with_known_need(job: Job, before: JobSpec, after: JobSpec) -> Submission:
     ways = Ways.read(job.gangs)
     if _divided(before) != _divided(after):
         methods, ways = admit(after, open_methods(after), need, need)
-    plan = MemoryPlan(
-        need=need, planned=need, need_key=job.need_key, family=job.family, parameters=active_parameters(after)
-    )
+    shape = read_shape(after.base_model, after.revision)
+    parameters = None if shape is None else shape.active_parameters
+    plan = MemoryPlan(need=need, planned=need, need_key=job.need_key, family=job.family, parameters=parameters)
     return Submission(spec=after, user=job.user, data=job.data, plan=plan, methods=methods, ways=ways)
 
 

@@ -15,7 +15,7 @@ from loractl.common.job.status import Status
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import Accuracy, accuracy, learned, learned_roomy, peaks_like
 from loractl.common.memory.fit import Fit, largest_fit, plan_roomy
-from loractl.common.memory.need_key import model_family, need_key
+from loractl.common.memory.need_key import need_key
 from loractl.common.memory.plan import Plan, plan, predict
 from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, Stack
@@ -264,7 +264,7 @@ def memory_need(
     stack = fleet_stack(store, devices) if card is None else Stack()
     plans = {method: plan(shape, spec, method, counted.lengths, stack=stack) for method in methods}
     key = need_key(spec, dict(job.data) or stored_hashes(spec))
-    measured = store.attempts.measured(key, model_family(spec)) if stack.on_gpu else []  # peaks of cards alone
+    measured = store.attempts.measured(key, shape.family) if stack.on_gpu else []  # peaks of cards alone
     planned = {method: plans[method].need_bytes if method in plans else None for method in (Method.LORA, Method.QLORA)}
     planned_need = Need(lora=planned[Method.LORA], qlora=planned[Method.QLORA])
     need = learned(planned_need, key, measured)

@@ -57,8 +57,8 @@ CHECKPOINTS = 4
 another may still be uploading to the artifact store."""
 
 TOKENISED = 6
-"""Bytes of tokens for a byte of data: a token of about 4 characters takes 4 bytes in each of two columns, and as much
-again if packed rows are passed between processes; shorter tokens, and the numbers of short rows, take more."""
+"""Bytes of tokens for a byte of data, an upper bound: a token takes 4 bytes in each of two columns. That is 2 where it
+has about 4 characters; shorter tokens, and the numbers of short rows, take more."""
 
 
 def bytes_to_write(spec: JobSpec, method: Method, data_bytes: int = 0) -> int:
