@@ -24,6 +24,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.base import ReadOnlyColumnCollection
+from sqlalchemy.sql.elements import KeyedColumnElement
 
 from loractl.common.errors import SchemaMismatch
 
@@ -52,6 +54,31 @@ _CLOCK = select(func.clock_timestamp())
 def _timed(statement: Select[Any]) -> Select[Any]:
     """SQLAlchemy takes longer to make such a statement than to run it."""
     return statement.add_columns(type_coerce(func.clock_timestamp(), UtcDateTime()))
+
+
+NewRow = ReadOnlyColumnCollection[str, KeyedColumnElement[Any]]
+Over = Callable[[NewRow], ColumnElement[bool]]
+"""What must hold of a row that is there, beside the one that is written. A module's own function: statements are kept
+by it."""
+
+
+@functools.cache
+def _upsert(dialect: str, table: type[Base], key: str, names: tuple[str, ...], over: Over | None) -> Any:
+    """Writes a row with these columns over the one with its key, if there is one. To make it takes longer than to run
+    it."""
+    statement = _insert(dialect, table.__table__)
+    new = statement.excluded
+    write = statement.on_conflict_do_update(
+        index_elements=[key],
+        set_={name: new[name] for name in names if name != key},
+        where=None if over is None else over(new),
+    )
+    return write.returning(statement.table.c[key])
+
+
+def _insert(dialect: str, table: Any) -> Any:
+    """An INSERT that may say ON CONFLICT, which has the same form in both dialects."""
+    return importlib.import_module(f"sqlalchemy.dialects.{dialect}").insert(table)
 
 
 _CHANGED, _LOCKED = "LR001", "LR002"
@@ -156,7 +183,7 @@ class Transaction:
         free = select(Lock.name).where(Lock.name == lock).with_for_update(skip_locked=True)
         if self._dialect != "postgresql" or self.session.scalar(free) is not None:
             return True
-        new = self._insert(Lock).values(name=lock).on_conflict_do_nothing().returning(Lock.name)
+        new = _insert(self._dialect, Lock).values(name=lock).on_conflict_do_nothing().returning(Lock.name)
         return self.session.scalar(new) is not None
 
     def wait_for(self, lock: str) -> None:
@@ -197,16 +224,15 @@ class Transaction:
             return False
         return True
 
-    def put(self, table: type[Base], key: str, row: Mapping[str, Any], over: ColumnElement[bool] | None = None) -> bool:
-        """Write a row, over the one with its key if there is one. False when that one is not like `over`."""
-        changed = {name: value for name, value in row.items() if name != key}
-        statement = self._insert(table).values(**row)
-        write = statement.on_conflict_do_update(index_elements=[key], set_=changed, where=over)
-        return self.session.execute(write.returning(getattr(table, key))).first() is not None
+    def put(self, table: type[Base], key: str, row: Mapping[str, Any], over: Over | None = None, **named: Any) -> bool:
+        """Write a row, over the one with its key if there is one. False when `over` does not hold of that one.
+        `named`: values that `over` asks for."""
+        write = _upsert(self._dialect, table, key, tuple(row), over)
+        return self.session.execute(write, {**row, **named}).first() is not None
 
     def add_up(self, table: type[Base], key: Mapping[str, Any], sums: Mapping[str, float]) -> None:
         """Add these to the row with this key, or write it."""
-        statement = self._insert(table).values(**key, **sums)
+        statement = _insert(self._dialect, table).values(**key, **sums)
         added = {name: getattr(table, name) + getattr(statement.excluded, name) for name in sums}
         self.session.execute(statement.on_conflict_do_update(index_elements=list(key), set_=added))
 
@@ -215,12 +241,8 @@ class Transaction:
 
         A row a statement: one statement for all has more parameters than a database takes after an outage.
         """
-        self.session.execute(self._insert(table).on_conflict_do_nothing(), rows)
+        self.session.execute(_insert(self._dialect, table).on_conflict_do_nothing(), rows)
 
     @property
     def _asks_database(self) -> bool:
         return self._clock is None and self._dialect == "postgresql"
-
-    def _insert(self, table: type[Base]) -> Any:
-        """An INSERT that may say ON CONFLICT, which has the same form in both dialects."""
-        return importlib.import_module(f"sqlalchemy.dialects.{self._dialect}").insert(table)

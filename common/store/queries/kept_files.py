@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import Select, delete, select
+from sqlalchemy import ColumnElement, Select, delete, select
 
 from ..records import Claim
 from ..tables import Attempt, KeptFile
-from ..transaction import Transaction
+from ..transaction import NewRow, Transaction
 
 MOST = 128
 """Files of a box: every order lists them. A sweep leaves one to three."""
@@ -17,6 +17,10 @@ MOST = 128
 def kept_files(host: str) -> Select[KeptFile]:
     """What a box keeps of jobs that run no more, the newest first."""
     return select(KeptFile).where(KeptFile.host == host).order_by(KeptFile.at.desc(), KeptFile.key).limit(MOST)
+
+
+def _of_this_box(new: NewRow) -> ColumnElement[bool]:
+    return KeptFile.host == new["host"]
 
 
 def keep(tx: Transaction, claim: Claim, kept: Sequence[tuple[str, str]]) -> None:
@@ -28,7 +32,7 @@ def keep(tx: Transaction, claim: Claim, kept: Sequence[tuple[str, str]]) -> None
     host = tx.session.scalars(mine).one().rpartition(":")[0]
     for key, sha256 in sorted(kept):  # in one order: two attempts may leave the same
         row = {"key": key, "host": host, "sha256": sha256, "job_id": claim.job_id, "at": tx.now()}
-        tx.put(KeptFile, "key", row, KeptFile.host == host)
+        tx.put(KeptFile, "key", row, _of_this_box)
     beyond = kept_files(host).with_only_columns(KeptFile.key).limit(None).offset(MOST)
     tx.session.execute(
         delete(KeptFile).where(KeptFile.key.in_(beyond.with_for_update(skip_locked=True))),

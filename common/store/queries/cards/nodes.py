@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from sqlalchemy import Row, Select, Table, and_, bindparam, delete, exists, or_, select
+from sqlalchemy import ColumnElement, Row, Select, Table, and_, bindparam, delete, exists, or_, select
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import NameTaken, UsageError, WrongState
@@ -22,7 +22,7 @@ from ...columns import UtcDateTime, storable_row
 from ...fleet import NODE_STALE_S, card_of
 from ...records import BoxIdentity, NodeState
 from ...tables import Attempt, CardContention, DrainOrder, Job, LabFailure, Node, Quota, Use, peak_of
-from ...transaction import Transaction
+from ...transaction import NewRow, Transaction
 from ..lab_settings import BY_SHARE, ORDER_SET
 from ..outbox.notices import tell_of_closure
 from ..usage import read_allowances
@@ -55,11 +55,17 @@ def see(tx: Transaction, state: NodeState) -> Card:
     card = card_of(Node(**vars(state), seen_at=now), running, now, drained_targets(tx.session, now))
     seen = {**vars(state), "seen_at": now, "free": card.free}
     row = storable_row(cast(Table, Node.__table__), seen)  # a sensor says what it likes
-    stale = Node.seen_at < now - dt.timedelta(seconds=NODE_STALE_S)
-    own = and_(*(getattr(Node, name) == value for name, value in vars(identity(state)).items()))
-    if not tx.put(Node, "node", row, over=None if state.instance is None else or_(own, stale, Node.instance.is_(None))):
+    if state.instance is None:
+        tx.put(Node, "node", row)
+    elif not tx.put(Node, "node", row, _may_be_taken, stale=now - dt.timedelta(seconds=NODE_STALE_S)):
         raise NameTaken(state.node)
     return card
+
+
+def _may_be_taken(new: NewRow) -> ColumnElement[bool]:
+    """Of a node's row: the same start of the same box wrote it, or nobody serves it any more, or an older version."""
+    own = and_(*(getattr(Node, key).is_not_distinct_from(new[key]) for key in ("instance", "machine", "boot")))
+    return or_(own, Node.seen_at < bindparam("stale", type_=UtcDateTime()), Node.instance.is_(None))
 
 
 def forget(tx: Transaction, node: str, box: BoxIdentity | None = None) -> None:
