@@ -178,14 +178,18 @@ def absence(why: str) -> str:
 
 
 _FULL = ("database or disk is full", "No space left on device")
+_NOT_WRITABLE = "attempt to write a readonly database"
 _UNKNOWN_LOGIN = ("password authentication failed", "no password supplied", "role ", "no pg_hba.conf entry")
 
 
 def unreachable(settings: Settings, why: str) -> LoractlError:
-    """An outage as an error for people: a full disk or a wrong password does not mean that the server is down."""
+    """An outage as an error for people: a full disk, a file that can only be read and a wrong password do not mean that
+    the server is down."""
     address = redacted(settings.database_url)
     if any(words in why for words in _FULL):
         return LoractlError(f"the disk of the database is full: {address}", "free space there; nothing is lost")
+    if _NOT_WRITABLE in why:
+        return LoractlError(f"the database can't be written to: {address}", "its folder must be one that you may write")
     if any(words in why for words in _UNKNOWN_LOGIN):
         return ServiceRefused("the database", address, "LORACTL_DATABASE_URL", why.rpartition("FATAL:")[2].strip())
     return ServiceUnreachable("the database", address, "LORACTL_DATABASE_URL", why)

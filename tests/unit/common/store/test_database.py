@@ -319,6 +319,16 @@ def test_a_server_that_only_reads_is_told_from_one_that_writes(upgraded_url: str
     engine.dispose()
 
 
+def test_a_file_that_can_only_be_read_is_no_database_that_went_away(sqlite_template: Path, tmp_path: Path) -> None:
+    settings = settings_for(f"sqlite:///{tmp_path / 'loractl.db'}", tmp_path)
+    engine = make_engine(f"sqlite:///{sqlite_template}", read_only=True)
+    refused = pytest.raises(LoractlError, match="the database can't be written to: sqlite")
+    with refused as told, reachable(settings), engine.begin() as connection:
+        connection.execute(text("DELETE FROM jobs"))
+    engine.dispose()
+    assert (told.value.exit_code, told.value.hint) == (ExitCode.FAILED, "its folder must be one that you may write")
+
+
 def test_a_full_disk_on_which_sqlite_can_t_make_its_companions_is_no_database_that_went_away(
     sqlite_template: Path, tmp_path: Path
 ) -> None:
