@@ -13,6 +13,7 @@ import click
 
 from loractl import __version__
 from loractl.common.errors import ExitCode, LoractlError, SpecError, UsageError
+from loractl.common.text import clean_text
 
 from .lazy import Commands, LazyGroup
 
@@ -181,10 +182,12 @@ def _unexpected(error: Exception) -> ExitCode:
 def _print_error(error: LoractlError) -> None:
     if isinstance(error, SpecError):
         for problem in error.problems:
-            click.echo(f"Error: {problem}", err=True)
-            if problem.hint:
-                click.echo(f"Hint: {problem.hint}", err=True)
+            _print_sentences(str(problem), problem.hint)
         return
-    click.echo(f"Error: {error.sentence}", err=True)
-    if error.hint:
-        click.echo(f"Hint: {error.hint}", err=True)
+    _print_sentences(error.sentence, error.hint)
+
+
+def _print_sentences(sentence: str, hint: str | None) -> None:
+    click.echo(clean_text(f"Error: {sentence}"), err=True)  # a sentence may repeat what a file holds
+    if hint:
+        click.echo(clean_text(f"Hint: {hint}"), err=True)

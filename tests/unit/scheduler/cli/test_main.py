@@ -221,3 +221,12 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(cli: Cli) -> None:
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_completion_line_is_one_that_click_answers(cli: Cli, shell: str) -> None:
     assert f"_LORACTL_COMPLETE={shell}_source loractl" in cli("completion", shell).stdout
+
+
+def test_an_error_that_repeats_a_file_steers_no_terminal(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text('name: "a\\u202eb"\nbase_model: x\ndataset: {path: rows.jsonl}\n', "utf-8")
+
+    said = cli("plan", str(file), code=2).stderr
+
+    assert "a\N{REPLACEMENT CHARACTER}b" in said and "\u202e" not in said
