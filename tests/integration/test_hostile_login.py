@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -21,8 +22,8 @@ from loractl.common.errors import Forbidden, WrongState
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.entrance import LOGIN, Invitation, invite
-from loractl.common.store.queries import changes
-from loractl.common.store.records import Claim, Progress
+from loractl.common.store.queries import changes, endings
+from loractl.common.store.records import Beat, Claim, Progress
 from loractl.common.store.roles import SUBMIT
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
@@ -142,6 +143,31 @@ def test_who_is_silent_for_a_lease_ends_also_where_its_row_was_locked_once(
         assert box.attempts.reap() == [], "who holds its row is passed over"
     assert [lost for lost, _ in box.attempts.reap()] == [job_id]
     assert not box.attempts.beat(claim, Progress()).accepted
+
+
+@pytest.mark.parametrize("moment", ["_turn", "_end_lost"])
+def test_a_beat_that_comes_while_its_attempt_is_ended_keeps_it_or_is_refused(
+    person: Store, box: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """It finds its job's row locked, and was accepted in the attempt's own row, which was ended nevertheless."""
+    job_id, told = person.jobs.submit(submission()), list[Beat]()
+    claim = take(box)
+    assert isinstance(claim, Claim)
+    clock.forward(1.1 * LEASE_S)
+    late = threading.Thread(target=lambda: told.append(box.attempts.beat(claim, Progress())))
+    goes_on = getattr(endings, moment)
+
+    def beaten(*args: Any) -> Any:
+        if not late.ident:
+            late.start()
+            late.join(5 if moment == "_turn" else 0.5)
+        return goes_on(*args)
+
+    monkeypatch.setattr(endings, moment, beaten)
+    ended = [lost for lost, _ in box.attempts.reap()]
+    late.join()
+    assert (ended, told[0].accepted) == (([job_id], False) if moment == "_end_lost" else ([], True))
+    assert (box.jobs.get(job_id).status is Status.RUNNING) is told[0].accepted
 
 
 def test_an_open_transaction_s_changes_lock_nothing_and_count_once_it_commits(

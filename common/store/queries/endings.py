@@ -139,10 +139,22 @@ def reap(tx: Transaction) -> list[Job]:
     )
     over = select(Job).where(Job.status == Status.RUNNING, Job.lease_expires_at < now, ~beside)
     oldest = over.order_by(Job.lease_expires_at, Job.job_id).limit(REAPED).with_for_update(**SKIP_LOCKED)
-    lost = sorted(tx.session.scalars(oldest), key=_turn)
+    lost = _without_beaten(tx, sorted(tx.session.scalars(oldest), key=_turn), now)
     for job in lost:
         _end_lost(tx, job, f"{job.node} was silent for {tx.lease_s:.0f} s", now)
     return lost + _reap_gangs(tx, now)
+
+
+def _without_beaten(tx: Transaction, lost: list[Job], now: dt.datetime) -> list[Job]:
+    """Those whose attempts have not beaten since their jobs' rows were locked: such a beat is written to the attempt's
+    own row. That is locked now, so a later one waits, and is refused."""
+    if not lost:
+        return []
+    own = (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt)
+    leases = select(Job.job_id, Attempt.lease_expires_at).join(Attempt, own)
+    leases = leases.where(Job.job_id.in_([job.job_id for job in lost])).with_for_update(of=Attempt, key_share=True)
+    held = {job_id for job_id, until in tx.session.execute(leases) if until is not None and until >= now}
+    return [job for job in lost if job.job_id not in held]
 
 
 def _reap_gangs(tx: Transaction, now: dt.datetime) -> list[Job]:
