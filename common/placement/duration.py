@@ -163,8 +163,8 @@ class Undone:
 
 
 def slowed(neighbours: float | None, contention: float | None) -> float:
-    """How many times as long a job takes beside so many others, on average, as alone. `contention`: what was measured
-    on its card's model; None: CONTENTION."""
+    """The factor by which other jobs on its card slow a job down. `neighbours`: their mean number; `contention`: what
+    was measured on cards of this model, None for CONTENTION."""
     return 1.0 + (CONTENTION if contention is None else contention) * (neighbours or 0.0)
 
 

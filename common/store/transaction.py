@@ -58,14 +58,13 @@ def _timed(statement: Select[Any]) -> Select[Any]:
 
 NewRow = ReadOnlyColumnCollection[str, KeyedColumnElement[Any]]
 Over = Callable[[NewRow], ColumnElement[bool]]
-"""What must hold of a row that is there, beside the one that is written. A module's own function: statements are kept
-by it."""
+"""A condition on the existing row, given the columns of the new one. Pass a module-level function: the statement is
+cached by it."""
 
 
 @functools.cache
 def _upsert(dialect: str, table: type[Base], key: str, names: tuple[str, ...], over: Over | None) -> Any:
-    """Writes a row with these columns over the one with its key, if there is one. To make it takes longer than to run
-    it."""
+    """An upsert of these columns. It is cached, since SQLAlchemy takes longer to build it than to run it."""
     statement = _insert(dialect, table.__table__)
     new = statement.excluded
     write = statement.on_conflict_do_update(

@@ -146,8 +146,8 @@ def reap(tx: Transaction) -> list[Job]:
 
 
 def _without_beaten(tx: Transaction, lost: list[Job], now: dt.datetime) -> list[Job]:
-    """Those whose attempts have not beaten since their jobs' rows were locked: such a beat is written to the attempt's
-    own row. That is locked now, so a later one waits, and is refused."""
+    """The jobs whose attempts sent no heartbeat after their rows were locked. Such a heartbeat is written to the
+    attempt's own row. This locks that row too, so a later heartbeat waits, and is refused."""
     if not lost:
         return []
     own = (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt)

@@ -95,7 +95,7 @@ def _blocked() -> Select[Job]:
     return select(Job).where(WAITS, Job.awaits > 0)
 
 
-@functools.cache  # to make it takes as long as to run it
+@functools.cache  # building it takes as long as running it
 def _left() -> Select[Job]:
     ended = aliased(Job)
     succeeded = exists().where(ended.job_id == Job.awaits, ended.status == Status.SUCCEEDED)
