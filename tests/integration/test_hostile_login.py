@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from psycopg.pq.abc import PGresult
 from sqlalchemy import Engine, make_url, text
 
 from loractl.common.errors import Forbidden, WrongState
+from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.entrance import LOGIN, Invitation, invite
@@ -27,13 +29,14 @@ from loractl.common.store.records import Beat, Claim, Progress
 from loractl.common.store.roles import SUBMIT
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
+from loractl.common.units import GIB
 from loractl.scheduler.change.amendment import amendment
 
 from .. import services
 from ..conftest import kept_engine
 from ..hostile import HOLDING, OLD_LOCKS, STATEMENTS, held_open, storm
 from ..roles import PASSWORD, Logins, logins
-from ..unit.factories import RESULT, Clock, submission, take
+from ..unit.factories import RESULT, Clock, node_state, submission, take
 
 HELD = "SELECT loractl_change(1, 'held', '{}', '{\"held\": true}', 'ada', '')"
 LEASE_S = 60.0
@@ -168,6 +171,37 @@ def test_a_beat_that_comes_while_its_attempt_is_ended_keeps_it_or_is_refused(
     late.join()
     assert (ended, told[0].accepted) == (([job_id], False) if moment == "_end_lost" else ([], True))
     assert (box.jobs.get(job_id).status is Status.RUNNING) is told[0].accepted
+
+
+@pytest.mark.parametrize("moment", ["is reporting", "was looked at"])
+def test_a_card_that_reports_while_its_silence_is_looked_at_keeps_its_gang_or_comes_after_the_end(
+    person: Store, box: Store, owner_url: str, clock: Clock, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    cards = [node_state(f"heron:{index}", gangs=True) for index in range(2)]
+    for card in cards:
+        box.cards.see(card)
+    way = SharedNeed(cards=2, parallel=Parallel.SHARDED, need=Need(lora=20 * GIB, qlora=None))
+    of_both = replace(submission(lora=20, qlora=None, method="lora"), ways=Ways(alone=False, gangs=(way,)))
+    job_id = person.jobs.submit(of_both)
+    claim = box.attempts.claim("heron:0", gangs=True)
+    assert isinstance(claim, Claim)
+    clock.forward(1.1 * LEASE_S)
+    assert box.attempts.beat(claim, Progress()).accepted
+    if moment == "is reporting":
+        with held_open(owner_url, "UPDATE nodes SET free = 0 WHERE node = 'heron:1'"):
+            assert box.attempts.reap() == []
+        return
+    late, end = threading.Thread(target=box.cards.see, args=[cards[1]]), endings._end_lost
+
+    def ended(*args: Any) -> None:
+        late.start()
+        late.join(0.5)
+        assert late.is_alive()
+        end(*args)
+
+    monkeypatch.setattr(endings, "_end_lost", ended)
+    assert [lost for lost, _ in box.attempts.reap()] == [job_id]
+    late.join()
 
 
 def test_an_open_transaction_s_changes_lock_nothing_and_count_once_it_commits(

@@ -15,7 +15,7 @@ from loractl.common.placement.rule import Placement
 
 from ...fleet import OCCUPANT
 from ...tables import AttemptShare, Job, Node
-from ...transaction import Transaction
+from ...transaction import SKIP_LOCKED, Transaction
 
 _NOW = (
     (AttemptShare.job_id == Job.job_id)
@@ -65,12 +65,17 @@ def read_beside(session: Session, job_ids: Iterable[int]) -> dict[int, list[Atte
 
 
 def silent(session: Session, since: dt.datetime, limit: int) -> list[tuple[int, str]]:
-    """Running jobs and a card of each, not their first, whose node was not seen since then."""
-    query = (
-        select(Job.job_id, AttemptShare.node).join(AttemptShare, _NOW).outerjoin(Node, Node.node == AttemptShare.node)
-    )
-    gone = query.where(Node.seen_at.is_(None) | (Node.seen_at < since)).order_by(Job.job_id).limit(limit)
-    return [(row.job_id, row.node) for row in session.execute(gone)]
+    """Running jobs and a card of each, not their first, whose node was not seen since then.
+
+    Locks the rows of these nodes: one that reports now is seen, or waits for what ends its jobs.
+    """
+    query = select(Job.job_id, Node.node.label("seen"), AttemptShare.node).join(AttemptShare, _NOW)
+    gone = query.outerjoin(Node, Node.node == AttemptShare.node)
+    gone = gone.where(Node.seen_at.is_(None) | (Node.seen_at < since)).order_by(Job.job_id).limit(limit)
+    rows = session.execute(gone).all()
+    still = select(Node.node).where(Node.node.in_({row.node for row in rows}), Node.seen_at < since)
+    locked = set(session.scalars(still.with_for_update(**SKIP_LOCKED))) if rows else set()
+    return [(row.job_id, row.node) for row in rows if row.seen is None or row.node in locked]
 
 
 def is_late(node: Node, now: dt.datetime, lease_s: float) -> bool:
