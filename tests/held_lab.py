@@ -44,7 +44,7 @@ from loractl.worker.attempt.storage.service import carry_out
 from loractl.worker.attempt.workplace import Drain, Wish, Workplace
 from loractl.worker.device.devices import Device, find_devices
 from loractl.worker.device.snapshot import Process, Snapshot
-from loractl.worker.node.device_row import NodeOptions
+from loractl.worker.node.monitor import NodeOptions
 from loractl.worker.node.node import DeviceNode, place_of
 from loractl.worker.protocol.messages import Again, Ended, Start, Stop, Told, decode_order, encode
 from loractl.worker.recipe.orders import EXIT_ORPHANED, StopOrder

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loractl.common.job.status import Reason, Stage
-from loractl.worker.protocol.marker import close_checkpoint, remove_marker
+from loractl.worker.protocol.marker import close_checkpoint, newest_checkpoint, remove_marker
 from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Start, Stepped, Told
-from loractl.worker.recipe.checkpoint import newest_checkpoint
 from loractl.worker.recipe.orders import StopOrder
 
 from .models import weights_of

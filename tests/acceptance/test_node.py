@@ -24,8 +24,7 @@ from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.device.devices import SimulatedDevice
 from loractl.worker.device.occupancy import Watch
-from loractl.worker.node.device_row import DeviceRow, NodeOptions
-from loractl.worker.node.monitor import Monitor
+from loractl.worker.node.monitor import DeviceRow, Monitor, NodeOptions
 from loractl.worker.node.slots import CALM_S, Slots
 
 from ..conftest import Cli

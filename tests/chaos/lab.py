@@ -26,7 +26,7 @@ from loractl.common.store.database import make_engine
 from loractl.common.store.roles import SUBMIT, WORK, WantedLogin, apply_roles
 from loractl.common.store.schema import upgrade
 from loractl.worker.device.occupancy import JOB_VARIABLE
-from loractl.worker.protocol.fork_server import FORK_SERVER
+from loractl.worker.protocol.messages import FORK_SERVER
 
 from ..databases import OPEN_LAB
 from ..services import free_port, make_cluster, postgres_command, s3_command, wait_for_port

@@ -27,9 +27,8 @@ from loractl.common.artifacts import sha256_of
 from loractl.common.job.identity import spec_digest
 from loractl.common.job.status import Reason, Stage
 from loractl.common.job.sweep import eval_interval
-from loractl.worker.protocol.marker import close_checkpoint
+from loractl.worker.protocol.marker import close_checkpoint, newest_checkpoint
 from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Start, Stepped
-from loractl.worker.recipe.checkpoint import newest_checkpoint
 from loractl.worker.recipe.orders import StopOrder
 from loractl.worker.recipe.other_ranks import LINK_LOST, OtherRanks
 from loractl.worker.recipe.trainer import Tell, main

@@ -19,7 +19,7 @@ from loractl.worker.base.shared_heads import repeat_where_needed
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import UNSMOOTHED, BentLoss, LearnedTokens, MicroBatch, TokenLoss
 from loractl.worker.engine.optimizer import ScaledOptimizer
-from loractl.worker.engine.passes import attention, product
+from loractl.worker.engine.passes import attention, fused
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
 
@@ -268,7 +268,7 @@ MANY: dict[str, Case] = {
 @contextlib.contextmanager
 def fault(name: str) -> Iterator[None]:
     """Put a fault into the engine, which its own tests on a processor might not see."""
-    borders, backward = attention.borders_of, product._Product.backward
+    borders, backward = attention.borders_of, fused._Product.backward
     faults: dict[str, tuple[Any, str, Any]] = {
         "a tensor on the processor": (
             attention,
@@ -277,7 +277,7 @@ def fault(name: str) -> Iterator[None]:
         ),
         "mixed types": (attention, "_as_autocast", lambda states: states.float() if states.shape[1] == 4 else states),
         "a gradient that is lost": (
-            product._Product,
+            fused._Product,
             "backward",
             staticmethod(lambda ctx, given: (*backward(ctx, given)[:-1], None)),
         ),

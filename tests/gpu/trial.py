@@ -18,9 +18,9 @@ from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import choose_precision, compute_in
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
+from loractl.worker.engine.passes.choice import difference
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
-from loractl.worker.engine.passes.trial import difference
 from loractl.worker.recipe.kinds import trained_kind
 
 KINDS: dict[str, dict[str, Any]] = {

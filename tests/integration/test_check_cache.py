@@ -12,7 +12,7 @@ import pytest
 
 from loractl.common.job.status import Reason
 from loractl.worker.base import lora, model
-from loractl.worker.engine.passes import attention, check_cache, choice, fused, lean, product
+from loractl.worker.engine.passes import attention, check_cache, choice, fused, lean
 from loractl.worker.engine.passes.check_cache import CheckCache
 
 from .conftest import Recipe
@@ -62,7 +62,7 @@ def test_a_new_process_tries_no_rows_that_the_box_knows_to_be_right(
     assert tries("other files") == 1
 
 
-@pytest.mark.parametrize("module", [attention, choice, fused, lean, product, lora, model])
+@pytest.mark.parametrize("module", [attention, choice, fused, lean, lora, model])
 def test_a_check_follows_from_the_code_that_it_checks(module: ModuleType) -> None:
     """Wherever that code is moved: an answer of other code would be believed."""
     assert Path(module.__file__ or "").parent in check_cache.ROOMS

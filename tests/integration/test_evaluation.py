@@ -30,9 +30,8 @@ from loractl.worker.evaluation.comparison import (
 )
 from loractl.worker.evaluation.confusion import Labels, label_metrics
 from loractl.worker.evaluation.evaluation import evaluate
-from loractl.worker.evaluation.generation import generate
 from loractl.worker.evaluation.report import verdict
-from loractl.worker.evaluation.row_losses import LOSS
+from loractl.worker.evaluation.row_losses import LOSS, generate
 from loractl.worker.protocol.messages import Note, Start, Stepped
 from loractl.worker.recipe.rows import prepare_rows
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import set_seed
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -34,7 +35,6 @@ from loractl.worker.engine.passes.check_cache import CheckCache
 from loractl.worker.engine.passes.choice import forward_pass, rows_together
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass, check_apart
-from loractl.worker.engine.streams import seed_streams
 from loractl.worker.evaluation.row_losses import score_rows
 from loractl.worker.protocol.messages import Note, Planned, Stepped
 from loractl.worker.recipe.kinds import trained_kind
@@ -287,13 +287,13 @@ def test_a_base_that_draws_random_numbers_itself_draws_them_again_in_a_recompute
         forward = LeanPass(without_stopping(base_of(family), spec), FP32, fuses=fuses)
         if every:
             forward.recompute_blocks(every)
-        seed_streams(3)
+        set_seed(3)
         return learned(forward, rows(5))
 
     assert draws(base_of(family))
     (loss, gradients), again = passed(0), passed(1)
     assert again[0] == loss and all(torch.equal(*pair) for pair in zip(again[1], gradients, strict=True))
-    seed_streams(4)
+    set_seed(4)
     forward = LeanPass(without_stopping(base_of(family), spec), FP32, fuses=fuses)
     assert learned(forward, rows(5))[0] != loss
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from transformers import set_seed
 
 from loractl.common.job.sections import PreferenceSpec
 from loractl.common.memory.step import HEAD_CHUNK
@@ -37,7 +38,6 @@ from loractl.worker.engine.passes.choice import forward_pass
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.engine.ranks.part import Part
-from loractl.worker.engine.streams import seed_streams
 
 from .test_engine import PAD
 from .test_engine import rows as token_rows
@@ -269,7 +269,7 @@ def test_a_head_that_drops_drops_the_same_twice() -> None:
         forward = lean(loss)
         head = forward.model.get_base_model().lm_head
         head.register_forward_pre_hook(lambda _, given: F.dropout(given[0], 0.5))
-        seed_streams(3)
+        set_seed(3)
         found.append(learn(forward, *window(rows, loss=loss)))
         found[-1][1]["drawn next"] = torch.rand(3)
     (value, ours), (expected, theirs) = found

@@ -14,9 +14,9 @@ from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
 from loractl.worker.engine.loss import MicroBatch, learned_in
-from loractl.worker.engine.passes import card_kernels, product, wide
+from loractl.worker.engine.passes import card_kernels, fused, wide
+from loractl.worker.engine.passes.fused import FrozenProduct
 from loractl.worker.engine.passes.lean import LeanPass
-from loractl.worker.engine.passes.product import FrozenProduct
 
 from .test_lean import BF16, FP32, adapted, spec_of
 from .test_trainings import rows
@@ -53,7 +53,7 @@ def test_a_card_s_way_learns_what_a_processor_s_does(
     tiny_model: Path, method: str, unpacked: int, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the same masks, for rows of odd lengths, in fp32."""
-    monkeypatch.setattr(product, "UNPACKED", unpacked)
+    monkeypatch.setattr(fused, "UNPACKED", unpacked)
     theirs = gradients(tiny_model, method, dropout, FP32)
     monkeypatch.setattr(card_kernels, "PLACES", ("cpu",))
     ours = gradients(tiny_model, method, dropout, FP32)

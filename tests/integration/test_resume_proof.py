@@ -42,10 +42,9 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.prepared import prepare_data
 from loractl.worker.device.devices import find_devices
-from loractl.worker.protocol.marker import MARKER, close_checkpoint
+from loractl.worker.protocol.marker import MARKER, Checkpoint, close_checkpoint
 from loractl.worker.protocol.messages import Note, Saved, Start, Stepped, Told
 from loractl.worker.recipe import arguments, recipe
-from loractl.worker.recipe.checkpoint import Checkpoint
 from loractl.worker.recipe.recipe import train
 from loractl.worker.recipe.resume import PROOF_TOLERANCE, ResumeProof, belongs_to, checkpoint_to_resume, tell_resumed
 from loractl.worker.recipe.run import Run, Stopped

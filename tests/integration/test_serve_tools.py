@@ -10,8 +10,8 @@ from typing import Any
 import openai
 import pytest
 
+from loractl.worker.serving.decoding.grammar import HERMES, LLAMA, MISTRAL, CallForm, CallReader, form_of
 from loractl.worker.serving.decoding.request import Ask
-from loractl.worker.serving.decoding.tool_calls import HERMES, LLAMA, MISTRAL, CallForm, CallReader, form_of
 
 from ..served import engine_of, served
 from .test_turns import CALLS

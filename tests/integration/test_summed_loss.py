@@ -9,7 +9,7 @@ import torch
 
 from loractl.worker.engine.passes import card_kernels
 from loractl.worker.engine.passes.cross_entropy import scaled, summed_losses, widened
-from loractl.worker.engine.passes.scratch import Scratch
+from loractl.worker.engine.passes.wide import Scratch
 
 
 @pytest.fixture(params=[False, True], ids=["processor", "card"], autouse=True)

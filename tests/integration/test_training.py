@@ -26,9 +26,8 @@ from loractl.worker.data.token_findings import TokenLook
 from loractl.worker.data.tokens import IGNORED, encode
 from loractl.worker.engine.loss import learned_in
 from loractl.worker.evaluation.row_losses import score_rows
-from loractl.worker.protocol.marker import close_checkpoint
+from loractl.worker.protocol.marker import close_checkpoint, newest_checkpoint
 from loractl.worker.protocol.messages import Note, Stepped
-from loractl.worker.recipe.checkpoint import newest_checkpoint
 
 from ..models import write_helpdesk
 from .conftest import Recipe

@@ -14,13 +14,12 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.model import Learner, load_base
-from loractl.worker.engine.passes import choice, product, trial
+from loractl.worker.engine.passes import choice, fused
 from loractl.worker.engine.passes.check_cache import CheckCache
-from loractl.worker.engine.passes.choice import forward_pass
+from loractl.worker.engine.passes.choice import difference, forward_pass
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
-from loractl.worker.engine.passes.trial import difference
-from loractl.worker.engine.streams import read_streams
+from loractl.worker.engine.saved_state import read_streams
 from loractl.worker.protocol.messages import Note, Planned
 from loractl.worker.recipe.kinds import trained_kind
 
@@ -85,21 +84,21 @@ def test_other_families_are_sound_too(family: str) -> None:
 
 def wrong_scale(monkeypatch: pytest.MonkeyPatch, model: Any = None) -> None:
     """The second layer that is asked computes its adapter's part with another factor, as a broken kernel would."""
-    own, seen = product._AdapterPart.of, list[Any]()
+    own, seen = fused._AdapterPart.of, list[Any]()
 
     def of(layer: Any) -> Any:
         seen.append(layer) if layer not in seen else None
         part = own(layer)
         return dataclasses.replace(part, scaling=2 * part.scaling) if seen.index(layer) == 1 else part
 
-    monkeypatch.setattr(product._AdapterPart, "of", of)
+    monkeypatch.setattr(fused._AdapterPart, "of", of)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(product.FrozenProduct, "gradient", fail)
+    monkeypatch.setattr(fused.FrozenProduct, "gradient", fail)
 
 
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
@@ -201,7 +200,7 @@ def test_a_job_whose_lean_pass_is_broken_trains_by_peft_s_and_says_so(
     with monkeypatch.context() as patch:
         wrong_scale(patch)
         patch.setattr(choice, "_fault", lambda *_: None)
-        patch.setattr(trial, "WHOLE", 1e-4)  # other code asks another question of the box
+        patch.setattr(choice, "WHOLE", 1e-4)  # other code asks another question of the box
         patch.setattr("loractl.worker.engine.passes.check_cache._CODE", "broken")
         ended, told = recipe("broken", **keys)
     assert ended.reason is Reason.OK

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from loractl.worker.protocol.self_test import SelfTestReport
+from loractl.worker.protocol.messages import SelfTestReport
 
 from .arithmetic import choose_precision
 from .gauge import in_a_sentence, is_out_of_memory, nvml_process

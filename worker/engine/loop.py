@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import speed_metrics
 
@@ -23,12 +23,11 @@ from loractl.worker.base.arithmetic import evaluating, random_streams_kept
 from loractl.worker.base.gauge import freed, in_batches, in_own_thread, is_out_of_memory, release
 from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.loss import ForwardPass
 
 from .loss import Loss, LossLog, MicroBatch, meet, window_of
 from .optimizer import ScaledOptimizer, make_optimizer
-from .passes.forward import ForwardPass
-from .saved_state import drop_older, read_snapshot, write_snapshot
-from .streams import read_streams, restore_streams, seed_streams
+from .saved_state import drop_older, read_snapshot, read_streams, restore_streams, write_snapshot
 
 MEGA_BATCHES = 50
 """group_by_length sorts within at most this number of batches at a time (transformers' get_length_grouped_indices)."""
@@ -134,7 +133,7 @@ class TrainingLoop:
     ) -> None:
         self.forward, self.args, self.rows = forward, args, rows
         self.model = forward.model
-        seed_streams(args.seed)
+        set_seed(args.seed)
         if args.activation_checkpointing:
             forward.recompute_blocks((args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

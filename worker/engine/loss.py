@@ -1,4 +1,5 @@
-"""Losses: functions of the log-probabilities of learned tokens, and what a window's loss is divided by."""
+"""Losses: functions of the log-probabilities of learned tokens, and what a window's loss is divided by. Forward passes
+compute them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -228,3 +229,27 @@ class LossLog:
     def restore(self, state: dict[str, Any]) -> None:
         self._sum = state["sum"].to(self._sum.device).clone()
         self._told, self._last = state["told"], state["last"]
+
+
+class ForwardPass(Protocol):
+    """How losses and gradients are computed."""
+
+    model: Any
+    device: torch.device
+
+    @property
+    def loss(self) -> Loss:
+        """The loss that rows are trained with."""
+
+    def recompute_blocks(self, every: int = 1) -> None:
+        """Hold the activations of each block (1), or of every second one (2), only in the backward pass."""
+
+    def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
+        """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
+
+    def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
+        """The loss of one batch of held-out rows, not smoothed and summed over what it counts, for a model in eval
+        mode."""
+
+    def tokens(self, rows: Sequence[TokenRow]) -> int:
+        """Tokens that pass the model."""

@@ -1,5 +1,5 @@
-"""A training's part of a checkpoint: its adapter, and its state as a JSON file with its shape and numbers and a
-safetensors file with its tensors.
+"""A training's part of a checkpoint: its adapter, and its state, random streams included, as a JSON file with its shape
+and numbers and a safetensors file with its tensors.
 
 No pickle: what others wrote into a checkpoint can't run code. Numbers are restored bit for bit: JSON has all their
 digits.
@@ -8,10 +8,12 @@ digits.
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -83,3 +85,24 @@ def _unpacked(value: Any, tensors: Parts) -> Any:
     if kind == "tuple":
         return tuple(_unpacked(part, tensors) for part in inner)
     return {key: _unpacked(part, tensors) for key, part in inner}
+
+
+def read_streams(device: torch.device) -> dict[str, Any]:
+    """The positions of Python's, NumPy's and torch's streams."""
+    kind, key, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(key).astype(np.int64)), place, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def restore_streams(state: dict[str, Any], device: torch.device) -> None:
+    """Restore the streams to where `read_streams` found them. A stream of a missing device is skipped."""
+    kind, key, place, has_gauss, gauss = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state((kind, key.numpy().astype(np.uint32), place, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -25,10 +25,9 @@ from loractl.common.job.sections import DataFormat, EvaluationSpec, Metric
 from loractl.common.verdict import FORM
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode
 
-from .answers import ROUGE, Answer, Prompt, exact, prompts_of, rouge
+from .answers import ROUGE, Answer, Prompt, exact, own_scores, prompts_of, rouge
 from .comparison import Compared, Measure, compare_shares, percent
 from .confusion import Labels
-from .own_metrics import own_scores
 from .row_losses import RowScores
 
 CHEAP_LOSS = Measure(name="cheap_loss", label="loss, against labels' shares")

@@ -24,16 +24,14 @@ from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow, unlearned
 
-from .answers import Answer, Prompt, answer_metrics, length_metrics, prompts_of, side_by_side
+from .answers import Answer, OwnScores, Prompt, answer_metrics, length_metrics, own_scores, prompts_of, side_by_side
 from .base_measurements import BaseMeasurements, EarlierMeasurement, MeasuredModel
 from .cheap import Shots, cheap_metrics, copied_metrics, form_metrics, frequent_metrics, shots_metrics
 from .comparison import Compared, Measure
 from .confusion import Labels, label_metrics, labels_taught
 from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
-from .generation import end_ids, generate
 from .harness import Benchmarks
-from .own_metrics import OwnScores, own_scores
-from .row_losses import RowScores, loss_metrics, score_rows
+from .row_losses import RowScores, end_ids, generate, loss_metrics, score_rows
 from .stretches import ANSWERS, LABELS, ROWS, SHOTS, Stretch, answered, scored
 
 LABEL_SLACK = 2

@@ -25,8 +25,8 @@ from loractl.worker.data.prepared import PreparedData
 from loractl.worker.protocol.messages import Peaks, Start
 from loractl.worker.protocol.versions import installed_versions
 
+from .answers import as_json
 from .comparison import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED, Compared
-from .own_metrics import as_json
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -22,8 +22,7 @@ from loractl.common.placement.lines import served_classes
 from loractl.common.queue.valkey import broker_url, embedded_runs, stop_unused
 from loractl.worker.device.devices import find_device
 
-from .box_identity import read_identity
-from .lock import served_by, unserved
+from .lock import read_identity, served_by, unserved
 
 if TYPE_CHECKING:
     from loractl.common.settings import Settings

@@ -27,7 +27,7 @@ from loractl.worker.attempt.order import common_environment
 from loractl.worker.attempt.trainer_process import KILL_S
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import JOB_VARIABLE, RUN_VARIABLE, end_leftovers
-from loractl.worker.protocol.fork_server import (
+from loractl.worker.protocol.messages import (
     FORK_SERVER,
     PACKET,
     PLACEHOLDER,

@@ -41,11 +41,9 @@ from loractl.worker.device.occupancy import Watch
 from loractl.worker.node.health.leftovers import end_all, end_strays, has_ranks
 from loractl.worker.node.health.self_test import SelfTest
 
-from .box_identity import read_identity
-from .device_row import DeviceRow, NodeOptions
 from .fork_server import ForkServer
-from .lock import DeviceLock
-from .monitor import Monitor
+from .lock import DeviceLock, read_identity
+from .monitor import DeviceRow, Monitor, NodeOptions
 from .slots import Slots
 
 log = logging.getLogger("loractl.worker")

@@ -1,6 +1,7 @@
-"""The messages between supervisor and trainer: one JSON object per line, over the trainer's stdin and stdout.
+"""The messages between a node and the processes that it starts.
 
-Every message names its job.
+Supervisor and trainer: one JSON object per line, over the trainer's stdin and stdout; each names its job. Node and fork
+server: packets over a socket. A card's self-test: one line of its output.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
 
 
-class _Message(BaseModel):
+class _Sent(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")  # a newer peer may send more
 
+
+class _Message(_Sent):
     job_id: int
 
 
-class Peaks(BaseModel):
+class Peaks(_Sent):
     """The peaks of a trainer's memory so far, and what it holds now, in bytes; None: not measured."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     allocated: int | None = None  # CUDA: by tensors
     reserved: int | None = None  # CUDA: by the allocator; on a CPU, the resident set
@@ -40,20 +41,16 @@ class Peaks(BaseModel):
         return Peaks(**{**peaks, "held": newer.held})
 
 
-class Taught(BaseModel):
+class Taught(_Sent):
     """What the adapter of an earlier job was trained on."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     job_id: int
     dataset: DatasetSpec | None = None  # None: it is not stored any more
     paths: dict[str, str] = Field(default_factory=dict)  # local files and hub ids, by the names of JobSpec.data_sets
 
 
-class Ancestor(BaseModel):
+class Ancestor(_Sent):
     """A stored adapter from which a training starts, on this box's disk."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     path: str  # the folder with its files
     job_id: int
@@ -66,10 +63,8 @@ class Ancestor(BaseModel):
         return self.model_dump(exclude={"path", "taught"})
 
 
-class KnownFile(BaseModel):
+class KnownFile(_Sent):
     """A file in this box's cache that an earlier job has left, as the database knows it."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     key: str  # a hash of all that decides its content
     sha256: str  # of its content
@@ -77,10 +72,8 @@ class KnownFile(BaseModel):
     at: dt.datetime
 
 
-class Rank(BaseModel):
+class Rank(_Sent):
     """One process of a job on several cards, and its card."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
 
     rank: int  # 0 leads, and alone speaks for the job
     node: str
@@ -261,3 +254,64 @@ def told_in(line: str) -> Told | None:
         return decode_told(line)
     except ValueError:
         return None
+
+
+# The fork server's standard input is a Unix socket that keeps packets apart (SOCK_SEQPACKET). Once everything is
+# imported the server sends READY. A request comes with three open files: the new trainer's standard input, output and
+# error.
+
+FORK_SERVER = "--fork-server"
+"""The argument of a trainer's module that makes it the server; the kind of device follows."""
+
+READY = b"ready"
+
+PACKET = 4096
+"""Bytes; no request and no answer is nearly as long."""
+
+PLACEHOLDER = "LORACTL_WAITS"
+"""The trainer's place for its marks: the last variable in the block that `/proc/PID/environ` shows. It is long enough,
+with its value, to be overwritten by LORACTL_JOB with the longest number."""
+
+PLACEHOLDER_VALUE = "-" * 24
+
+
+class ForkRequest(_Sent):
+    """Node: fork a trainer for this attempt."""
+
+    job_id: int
+    mark: str  # of the attempt, for the environment
+
+
+class ForkAnswer(_Sent):
+    """Server: the new trainer, or why there is none."""
+
+    pid: int | None = None
+    refusal: str = ""
+
+
+class SelfTestReport(BaseModel):
+    """What a card could do before it served. In bytes; None: unknown, or not reached."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fault: str | None  # why it can't train, with the next step; None: it can
+    torch: str | None = None
+    cuda: str | None = None  # for which torch was built
+    driver: str | None = None
+    capability: str | None = None  # like 9.0
+    context: int | None = None  # of the device, by the process apart from the allocator, once it could compute
+    context_after: int | None = None  # the same at the end: it grows as kernels are loaded
+    workspaces: int | None = None  # taken by cuBLAS from the allocator
+    process: int | None = None  # of the device, by the whole process, according to NVML
+    sees_us: bool | None = None  # whether NVML lists this box's processes under their own PIDs
+    seconds: float | None = None
+
+
+def read_report(output: str) -> SelfTestReport | None:
+    """The report in the test's output; None without one. Libraries print there too."""
+    for line in reversed(output.splitlines()):
+        try:
+            return SelfTestReport.model_validate_json(line)
+        except ValueError:
+            continue
+    return None

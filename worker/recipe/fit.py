@@ -29,15 +29,14 @@ from loractl.worker.data.row_forms import with_prompts
 from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loop import TrainingLoop, TrainingRows
-from loractl.worker.engine.loss import forget, meet, window_of
-from loractl.worker.engine.passes.forward import ForwardPass
+from loractl.worker.engine.loss import ForwardPass, forget, meet, window_of
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.saved_state import read_snapshot
+from loractl.worker.protocol.marker import Checkpoint
 from loractl.worker.protocol.messages import Again
 
 from .arguments import name_project, training_arguments
 from .best import BestKeeper
-from .checkpoint import Checkpoint
 from .progress import Recorder, Teller
 from .resume import CheckpointCloser, ResumeCheck, ResumeProof, begun_with, belongs_to, readable, tell_resumed
 from .run import Run, Stopped

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from loractl.worker.protocol.fork_server import PACKET, PLACEHOLDER, READY, ForkAnswer, ForkRequest
+from loractl.worker.protocol.messages import PACKET, PLACEHOLDER, READY, ForkAnswer, ForkRequest
 
 NICER = 10
 """How much lower the priority of the imports is than the process's own."""

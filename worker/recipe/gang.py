@@ -21,9 +21,8 @@ from loractl.worker.base.model import Head, load_base
 from loractl.worker.base.source import family_of
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
-from loractl.worker.engine.ranks.leader import DividedPass
 from loractl.worker.engine.ranks.link import Link
-from loractl.worker.engine.ranks.part import Follower, OwnPass
+from loractl.worker.engine.ranks.part import DividedPass, Follower, OwnPass
 from loractl.worker.engine.ranks.shards import Shards
 from loractl.worker.protocol.messages import Ended, Start
 

@@ -27,12 +27,12 @@ from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.prompt import templated
 from loractl.worker.data.tokens import APART
+from loractl.worker.engine.loss import ForwardPass
 from loractl.worker.engine.passes.check_cache import CheckCache
 from loractl.worker.engine.passes.choice import forward_pass
-from loractl.worker.engine.passes.forward import ForwardPass
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import check_apart
-from loractl.worker.engine.ranks.leader import DividedPass
+from loractl.worker.engine.ranks.part import DividedPass
 from loractl.worker.evaluation.base_measurements import BaseMeasurements
 from loractl.worker.evaluation.evaluation import Evaluation
 from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks

@@ -28,11 +28,10 @@ from loractl.worker.data.token_rows import collate, inputs_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.saved_state import FORMAT
 from loractl.worker.protocol.exit_reason import names_card
-from loractl.worker.protocol.marker import close_checkpoint, remove_marker
+from loractl.worker.protocol.marker import Checkpoint, close_checkpoint, newest_checkpoint, remove_marker
 from loractl.worker.protocol.messages import Saved, Start
 
 from .best import BestKeeper
-from .checkpoint import Checkpoint, newest_checkpoint
 from .run import Run
 
 PROOF_ROWS = 2

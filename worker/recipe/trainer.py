@@ -24,8 +24,7 @@ from loractl.common.errors import DataError
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.kernels import load_kernels
 from loractl.worker.base.quiet import quieten, tell_once
-from loractl.worker.protocol.fork_server import FORK_SERVER
-from loractl.worker.protocol.messages import Again, Ended, Start, Told, encode
+from loractl.worker.protocol.messages import FORK_SERVER, Again, Ended, Start, Told, encode
 
 from .fork_server import serve
 from .orders import StopOrder, listen, next_order

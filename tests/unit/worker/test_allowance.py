@@ -21,7 +21,7 @@ from loractl.worker.allowance import (
 from loractl.worker.attempt.order import common_environment
 from loractl.worker.attempt.workplace import Drain
 from loractl.worker.device.devices import find_devices
-from loractl.worker.node.device_row import NodeOptions
+from loractl.worker.node.monitor import NodeOptions
 from loractl.worker.node.node import place_of
 
 MIB, GIB = 2**20, 2**30

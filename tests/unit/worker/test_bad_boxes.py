@@ -16,8 +16,8 @@ from loractl.common.lab_store import adopt
 from loractl.common.store.records import Claim
 from loractl.common.units import GIB
 from loractl.worker.attempt import trainer_run
-from loractl.worker.node.device_row import NodeOptions
 from loractl.worker.node.health import leftovers
+from loractl.worker.node.monitor import NodeOptions
 from loractl.worker.protocol.messages import Ended, Start
 from loractl.worker.recipe.orders import StopOrder
 

@@ -26,7 +26,7 @@ from loractl.common.units import GIB
 from loractl.worker.device.devices import SimulatedDevice
 from loractl.worker.node import box
 from loractl.worker.node.box import Box
-from loractl.worker.node.box_identity import read_identity
+from loractl.worker.node.lock import read_identity
 
 from ..factories import node_state, submission
 

@@ -10,7 +10,7 @@ import pytest
 
 from loractl.common.errors import LoractlError
 from loractl.common.settings import load_settings
-from loractl.worker.node.box_identity import read_identity
+from loractl.worker.node.lock import read_identity
 
 
 def test_the_identity_is_drawn_once_and_again_if_a_full_disk_left_it_empty(tmp_path: Path) -> None:

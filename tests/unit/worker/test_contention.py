@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from loractl.worker.node.device_row import NodeOptions
+from loractl.worker.node.monitor import NodeOptions
 from loractl.worker.protocol.messages import Again, Ended, Start
 from loractl.worker.recipe.orders import StopOrder
 

@@ -20,8 +20,7 @@ from loractl.common.memory.fit import largest_fit
 from loractl.common.memory.plan import plan
 from loractl.common.units import GIB
 from loractl.worker.device.snapshot import Process
-from loractl.worker.node.device_row import NodeOptions
-from loractl.worker.node.monitor import SEE_S
+from loractl.worker.node.monitor import SEE_S, NodeOptions
 
 from ...held_lab import HeldLab, ShownCard
 from ...models import write_job

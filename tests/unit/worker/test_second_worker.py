@@ -22,8 +22,7 @@ from loractl.common.units import GIB
 from loractl.worker.device.devices import CpuDevice, SimulatedDevice
 from loractl.worker.node import box
 from loractl.worker.node.box import Box
-from loractl.worker.node.box_identity import read_identity
-from loractl.worker.node.lock import DeviceLock
+from loractl.worker.node.lock import DeviceLock, read_identity
 
 from ..factories import node_state
 

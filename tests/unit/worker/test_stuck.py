@@ -25,10 +25,9 @@ from loractl.worker.attempt.trainer_process import TrainerProcess, launch
 from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.clock import NodeClock
 from loractl.worker.device.devices import CpuDevice, SimulatedDevice
-from loractl.worker.node.device_row import NodeOptions
-from loractl.worker.node.health import stuck as module
-from loractl.worker.node.health.stuck import StuckSupervisors
-from loractl.worker.node.monitor import TRIES
+from loractl.worker.node.health import leftovers as module
+from loractl.worker.node.health.leftovers import StuckSupervisors
+from loractl.worker.node.monitor import TRIES, NodeOptions
 from loractl.worker.node.node import DeviceNode, place_of
 from loractl.worker.protocol.messages import Stop
 

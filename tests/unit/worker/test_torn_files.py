@@ -29,9 +29,8 @@ from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.data.token_set import RowTokenizer
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.device.devices import CpuDevice
-from loractl.worker.protocol.marker import MARKER, close_checkpoint, is_complete
+from loractl.worker.protocol.marker import MARKER, close_checkpoint, is_complete, newest_checkpoint
 from loractl.worker.protocol.messages import Peaks
-from loractl.worker.recipe.checkpoint import newest_checkpoint
 
 from ...held_lab import HeldLab
 from .. import factories

@@ -26,7 +26,7 @@ from loractl.worker.attempt.workplace import STOP_SHARE
 from loractl.worker.device.devices import SimulatedDevice
 from loractl.worker.node import box
 from loractl.worker.node.box import Box
-from loractl.worker.node.device_row import NodeOptions
+from loractl.worker.node.monitor import NodeOptions
 from loractl.worker.node.window import GRACE_S, Window, read_window
 
 from ...held_lab import HeldLab

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .card_kernels import is_on_card
-from .scratch import Scratch
+from .wide import Scratch
 
 
 def widened(logits: torch.Tensor, scratch: Scratch | None) -> torch.Tensor:

@@ -39,7 +39,7 @@ from .attention import RowLayout
 from .card_kernels import Rotary
 from .cross_entropy import LateGradient, scaled, summed_losses, widened
 from .fused import FusedLayers, NotFused
-from .scratch import Scratch
+from .wide import Scratch
 
 
 @dataclass(frozen=True, kw_only=True)

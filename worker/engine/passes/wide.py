@@ -15,7 +15,28 @@ import torch
 
 from loractl.worker.base.processor import has_bf16, has_tiles, is_intel, is_x86
 
-from .scratch import Scratch
+
+class Scratch:
+    """Memory for fp32 numbers on a CPU. Each tensor overwrites the last."""
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def take(self, count: int, width: int) -> torch.Tensor:
+        """Memory of shape (count, width), which the last tensor used."""
+        if self._memory is None or len(self._memory) < count * width:
+            self._memory = None  # before allocating more
+            self._memory = torch.empty(count * width)
+        return torch.empty(0).set_(self._memory.untyped_storage(), 0, (count, width))
+
+    def leave(self) -> None:
+        """Release the memory. Tensors still in use keep theirs."""
+        self._memory = None
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is the last one, unchanged."""
+        return self._memory is not None and tensor.data_ptr() == self._memory.data_ptr() and tensor.is_contiguous()
+
 
 SLAB = 1 << 20
 """Numbers of a weight widened at a time: 4 MiB, which stay in a core's cache."""

@@ -25,7 +25,7 @@ from loractl.worker.attempt.order import bare_environment, device_environment
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import Device, find_devices
 from loractl.worker.device.occupancy import Watch
-from loractl.worker.protocol.self_test import SelfTestReport, read_report
+from loractl.worker.protocol.messages import SelfTestReport, read_report
 
 from ..lock import is_served
 

@@ -18,7 +18,7 @@ import torch
 
 from loractl.common.errors import LoractlError, UsageError
 from loractl.worker.base.gauge import release
-from loractl.worker.evaluation.generation import end_ids
+from loractl.worker.evaluation.row_losses import end_ids
 from loractl.worker.serving.adapter_pool import AdapterPool, NoRoom
 from loractl.worker.serving.library import Listed
 

@@ -13,9 +13,8 @@ import torch
 from loractl.worker.serving.adapter_pool import BASE, AdapterPool, Loaded
 from loractl.worker.serving.library import Listed
 
-from .grammar import AnswerGrammar
+from .grammar import AnswerGrammar, overlap
 from .logprobs import TokenLogprob, score
-from .tool_calls import overlap
 
 Ending = Literal["stop", "length", "cancelled", "error"]
 

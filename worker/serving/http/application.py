@@ -26,9 +26,9 @@ from loractl.common.store.database import DatabaseError
 from loractl.worker.data.prompt import prompt_for, text_prompt
 from loractl.worker.data.tokens import message_of
 from loractl.worker.serving.decoding.decoder import Decoder, TooLong
+from loractl.worker.serving.decoding.grammar import CallForm, CallReader, form_of
 from loractl.worker.serving.decoding.logprobs import TokenTexts
 from loractl.worker.serving.decoding.request import Ask, Said
-from loractl.worker.serving.decoding.tool_calls import CallForm, CallReader, form_of
 from loractl.worker.serving.library import Library, Listed
 
 from .access import AccessControl, answered

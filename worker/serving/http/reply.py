@@ -7,9 +7,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from loractl.worker.serving.decoding.grammar import Call, CallReader
 from loractl.worker.serving.decoding.logprobs import TextForm, TokenLogprob, TokenTexts, chat_form
 from loractl.worker.serving.decoding.request import Said
-from loractl.worker.serving.decoding.tool_calls import Call, CallReader
 
 
 class ReplyChoice:

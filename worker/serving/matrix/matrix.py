@@ -30,8 +30,7 @@ from loractl.worker.evaluation.answers import rouge
 from loractl.worker.evaluation.comparison import Array, Compared, Measure, percent
 from loractl.worker.evaluation.confusion import Labels
 from loractl.worker.evaluation.evaluation import Work
-from loractl.worker.evaluation.generation import generate
-from loractl.worker.evaluation.row_losses import by_example, score_rows
+from loractl.worker.evaluation.row_losses import by_example, generate, score_rows
 from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice, open_pool
 from loractl.worker.serving.card import Footprint, take_card
 from loractl.worker.serving.library import Library, Listed, same_base, usual_arithmetic

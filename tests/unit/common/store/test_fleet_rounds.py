@@ -38,7 +38,7 @@ from loractl.common.store.queries import endings
 from loractl.worker.attempt.workplace import Drain
 from loractl.worker.device.devices import find_device
 from loractl.worker.node.node import place_of
-from loractl.worker.node.device_row import NodeOptions
+from loractl.worker.node.monitor import NodeOptions
 
 end = endings._end_attempt
 

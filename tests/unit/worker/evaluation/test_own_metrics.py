@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from loractl.common.job.sections import EvaluationSpec
-from loractl.worker.evaluation import own_metrics
-from loractl.worker.evaluation.answers import Answer
+from loractl.worker.evaluation import answers as module
+from loractl.worker.evaluation.answers import Answer, as_json, own_scores
 from loractl.worker.evaluation.comparison import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED
-from loractl.worker.evaluation.own_metrics import as_json, own_scores
 
 GSM8K = {"name": "gsm8k", "extract": r"#### ?(-?[\d.,]+)", "compare": "number"}
 
@@ -82,7 +81,7 @@ def test_an_expression_that_takes_too_long_measures_nothing_and_says_so(monkeypa
     def slow(*_: Any) -> Any:
         raise ValueError("is an expression that takes more than 60 s to read the answers")
 
-    monkeypatch.setattr(own_metrics, "right", slow)
+    monkeypatch.setattr(module, "right", slow)
     (score,) = own_scores(problems(9)[0], asked(GSM8K))
     assert score.metrics[0].cases == 0
     said = "gsm8k was not measured: it is an expression that takes more than 60 s to read the answers."
