@@ -431,15 +431,21 @@ class ArtifactStore:
         except OSError as error:
             # s3fs and fsspec report the service's answers as OSError; without an errno the service did not answer.
             why = error.strerror or str(error) or type(error).__name__
-            raise ArtifactError(
-                f"{doing} in {redacted(self.url)}: {why}", "check LORACTL_ARTIFACTS_URL and its free space"
-            ) from error
+            hint = _HINTS.get(error.errno or 0, "check LORACTL_ARTIFACTS_URL and its free space")
+            raise ArtifactError(f"{doing} in {redacted(self.url)}: {why}", hint) from error
         except Exception as error:
             if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
                 raise
-            raise ServiceUnreachable(
-                "the artifact store", redacted(self.url), "LORACTL_ARTIFACTS_URL", str(error)
-            ) from error
+            keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            setting = keys if "Credentials" in type(error).__name__ else "LORACTL_ARTIFACTS_URL"
+            raise ServiceUnreachable("the artifact store", redacted(self.url), setting, str(error)) from error
+
+
+_HINTS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space on the disk that is written to"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "it must be one that you may write"),
+}
+"""What to do about a file system's error, by its number."""
 
 
 def split_final(report: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:

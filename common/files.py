@@ -20,7 +20,7 @@ from typing import IO, Any
 from urllib.parse import unquote
 
 from .errors import UsageError
-from .settings import S3Keys, redacted
+from .settings import S3Keys, checked_url, redacted
 
 FRESH_S = 3600.0
 """A submit sets the date of a file older than this to today. loractl gc goes by the date, and must not remove a file
@@ -67,7 +67,7 @@ def nothing_told(what: str) -> None:
 
 
 class Bucket:
-    """Objects on S3 or any other store that fsspec knows. A reader sees an object only when it is complete."""
+    """Objects on S3. A reader sees an object only when it is complete."""
 
     def __init__(
         self, filesystem: Any, root: str, doing: Doing = nothing_told, headers: Mapping[str, str] | None = None
@@ -312,18 +312,13 @@ def open_files(url: str, doing: Doing = nothing_told, keys: S3Keys | None = None
         with contextlib.suppress(ImportError):  # url_to_fs says that the driver is missing
             options["session"] = _session()
         if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
-            options["endpoint_url"] = endpoint
+            options["endpoint_url"] = checked_url("AWS_ENDPOINT_URL", "endpoint_url", endpoint)
     if url.startswith("file://"):
         url = unquote(url)  # fsspec takes "mein%20Labor" for a folder's name
     try:
         filesystem, root = fsspec.url_to_fs(url, **options)
     except ImportError as error:
         raise UsageError(f"the driver for {redacted(url)} is not installed", "pip install 'loractl[s3]'") from error
-    except ValueError as error:
-        raise UsageError(
-            f"LORACTL_ARTIFACTS_URL is not a URL that can be opened: {redacted(url)}",
-            "like file:///srv/loractl or s3://bucket/loractl",
-        ) from error
     kinds = [filesystem.protocol] if isinstance(filesystem.protocol, str) else filesystem.protocol
     return (Folder if "file" in kinds else Bucket)(filesystem, root.rstrip("/"), doing, headers)
 

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 from .channels import Channel, channel_names, read_channels
 from .errors import LoractlError, UsageError
-from .units import seconds_of, size_of
+from .text import slip_of
+from .units import parse_duration, seconds_of, size_of
 
 _KEYS = (
     "database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "store_patience", "user", "host",
@@ -138,7 +139,7 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
 
     def get(key: str, default: str | None) -> str | None:
         value = env.get(f"LORACTL_{key.upper()}") or file.get(key) or default
-        return _checked(key, value) if value and key.endswith("_url") else value
+        return checked_url(f"LORACTL_{key.upper()}", key, value) if value and key in _URLS else value
 
     return Settings(
         home=home,
@@ -146,7 +147,7 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         redis_url=get("redis_url", None),
         artifacts_url=get("artifacts_url", None) or (home / "artifacts").as_uri(),
         devices=get("devices", None),
-        store_patience_s=seconds_of("LORACTL_STORE_PATIENCE", get("store_patience", "1h") or "0"),
+        store_patience_s=_seconds("store_patience", get("store_patience", None), 3600.0, "0s", "30d"),
         trainer_ram=_size("trainer_ram", get("trainer_ram", None)),
         user=_user(get("user", None) or _login()),
         host=_host(get("host", None) or socket.gethostname()),
@@ -155,7 +156,7 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
         lm_eval_tasks=_folder("lm_eval_tasks", get("lm_eval_tasks", None)),
         max_row=_size("max_row", get("max_row", None)) or MAX_ROW,
         max_data=_size("max_data", get("max_data", None)) or MAX_DATA,
-        lease_s=_lease(get("lease", None)),
+        lease_s=_seconds("lease", get("lease", None), LEASE_S, f"{LEAST_LEASE_S:.0f}s", "1h"),
         trainer=_module("trainer", get("trainer", None) or TRAINER),
         notify=channel_names(get("notify", None)),
         channels=channels,
@@ -200,33 +201,36 @@ def _pairs(key: str, text: str | None) -> frozenset[str]:
 
 
 def _size(key: str, text: str | None) -> int | None:
-    return None if text is None else size_of(f"LORACTL_{key.upper()}", text)
+    size = None if text is None else size_of(f"LORACTL_{key.upper()}", text)
+    if size == 0:
+        raise UsageError(f"LORACTL_{key.upper()}: {text!r} is no room at all", "like 6GiB, or leave it out")
+    return size
 
 
-def _lease(text: str | None) -> float:
-    seconds = LEASE_S if text is None else seconds_of("LORACTL_LEASE", text)
-    if not LEAST_LEASE_S <= seconds <= 3600:
-        raise UsageError(f"LORACTL_LEASE {text!r} is not between {LEAST_LEASE_S:.0f}s and 1h")
+def _seconds(key: str, text: str | None, default: float, least: str, most: str) -> float:
+    seconds = default if text is None else seconds_of(f"LORACTL_{key.upper()}", text)
+    if not parse_duration(least) <= seconds <= parse_duration(most):
+        raise UsageError(f"LORACTL_{key.upper()}: {text!r} is not between {least} and {most}")
     return seconds
 
 
 def _module(key: str, name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name, re.ASCII):
-        raise UsageError(f"LORACTL_{key.upper()} {name!r} is not a Python module", f"like {TRAINER}")
+        raise UsageError(f"LORACTL_{key.upper()}: {name!r} is not a Python module", f"like {TRAINER}")
     return name
 
 
 def _user(name: str) -> str:
     """A name that others' tables and terminals can show."""
     if not name.isprintable() or len(name) > 64:
-        raise UsageError(f"LORACTL_USER {name!r} is not a user name", "printable characters, at most 64, like ada")
+        raise UsageError(f"LORACTL_USER: {name!r} is not a user name", "printable characters, at most 64, like ada")
     return name
 
 
 def _host(name: str) -> str:
     """A name that can come before the colon of a node's name, and in a table."""
     if not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII):
-        raise UsageError(f"LORACTL_HOST {name!r} is not a host name", "letters, digits, dots and hyphens, like heron")
+        raise UsageError(f"LORACTL_HOST: {name!r} is not a host name", "letters, digits, dots and hyphens, like heron")
     return name
 
 
@@ -252,25 +256,45 @@ def _login() -> str:
         return f"uid-{os.getuid()}"
 
 
-_ESCAPED = "write special characters of a password as %XX, a slash as %2F"
+_URLS = {
+    "database_url": (
+        r"postgres(ql)?(\+psycopg)?://.*|sqlite:///(?!:memory:).+",
+        "a PostgreSQL or SQLite database",
+        "like postgresql://USER:PASSWORD@HOST/loractl; without it SQLite in LORACTL_HOME",
+    ),
+    "redis_url": (
+        r"rediss?://[^/?]*(/\d*)?(\?.*)?|redis\+socket:///.+",
+        "a Redis or Valkey",
+        "like redis://:PASSWORD@HOST:6379/0",
+    ),
+    "artifacts_url": (
+        r"file:///.+|s3://[^/?]+.*",
+        "a folder or an S3 bucket",
+        "like file:///lab/loractl or s3://bucket/loractl",
+    ),
+    "endpoint_url": (r"https?://[^/?]+.*", "an HTTP server", "like http://10.0.0.5:9000"),
+}
+"""By key: the URLs that it takes, what they name, and one of them."""
 
 
-def _checked(key: str, url: str) -> str:
-    """The URL, if it can be taken apart. Raises UsageError without repeating it: it may hold a password."""
+def checked_url(source: str, key: str, url: str) -> str:
+    """The URL, if it has the form that its key takes. Raises UsageError; what can't be taken apart is not repeated."""
+    form, what, example = _URLS[key]
     try:
         parts = urlsplit(url)
         _ = parts.port
     except ValueError:
         parts = None
-    if parts is None or not parts.scheme:
-        folder = key == "artifacts_url" and url.startswith(("/", "~", "."))
-        hint = "a folder is written file:///lab/loractl" if folder else _ESCAPED
-        raise UsageError(f"LORACTL_{key.upper()} is not a URL", hint)
+    if parts is None or not parts.scheme or parts.netloc.endswith(":"):
+        escaped = "" if key == "artifacts_url" else "; special characters of a password as %XX, a slash as %2F"
+        raise UsageError(f"{source} is not a URL", example + escaped)
     if key == "artifacts_url" and _holds_password(url):
         raise UsageError(
-            "LORACTL_ARTIFACTS_URL holds a password, and it is written into the rows of all jobs",
+            f"{source} holds a password, and it is written into the rows of all jobs",
             "put S3 keys into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         )
+    if not re.fullmatch(form, url):
+        raise UsageError(f"{source} is not the URL of {what}: {redacted(url)}", example)
     return url
 
 
@@ -310,7 +334,10 @@ def _config_file(path: Path) -> tuple[dict[str, str], object, S3Keys | None]:
     s3 = _s3_keys(path, values.pop("s3", None))
     unknown = sorted(set(values) - set(_KEYS))
     if unknown:
-        raise UsageError(f"{path}: unknown key {unknown[0]}", f"known keys: {', '.join((*_KEYS, 'channels', 's3'))}")
+        known = (*_KEYS, "channels", "s3")
+        close = slip_of(unknown[0], known)
+        hint = f"did you mean {close}?" if close else f"known keys: {', '.join(known)}"
+        raise UsageError(f"{path}: unknown key {unknown[0]}", hint)
     texts = {key: str(value) for key, value in values.items()}
     secret = [f"{key} is a URL with a password" for key, text in texts.items() if _holds_password(text)]
     secret += [f"[{table}] may hold passwords" for table, given in (("channels", channels), ("s3", s3)) if given]

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, event
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from loractl.common.errors import (
@@ -250,9 +250,6 @@ def make_engine(
     PostgreSQL: what the user's role forbids raises Forbidden. Connections to a server that only reads are given up:
     after a failover another one may write.
     """
-    if not url.startswith(("sqlite:", "postgresql")) and "://" in url:
-        what = f"LORACTL_DATABASE_URL: {url.partition(':')[0]} is not a database that loractl supports"
-        raise UsageError(what, "PostgreSQL, like postgresql://user@host/loractl; without it SQLite in LORACTL_HOME")
     try:
         if not url.startswith("sqlite"):
             pool, options = _pool(connections, kept), _postgres_options(idle_s, read_only)
@@ -266,7 +263,7 @@ def make_engine(
         opened = f"sqlite:///file:{quote(str(file))}?mode=ro&uri=true" if read_only else url
         busy_ms = SQLITE_READER_MS if read_only else SQLITE_BUSY_MS
         engine = create_engine(opened, connect_args={"timeout": busy_ms / 1000}, json_serializer=write_json)
-    except (ArgumentError, NoSuchModuleError) as error:
+    except ArgumentError as error:
         raise UsageError(
             f"LORACTL_DATABASE_URL is not a database URL: {redacted(url)}", "like postgresql://user@host/loractl"
         ) from error

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from loractl.common.errors import LoractlError, UsageError, WrongState
 from loractl.common.lab_store import make_folder
-from loractl.common.settings import Settings, load_settings
+from loractl.common.settings import Settings, checked_url, load_settings
 
 from .containers import start_containers
 from .health.condition import Level
@@ -82,9 +82,7 @@ def _artifacts(wish: LabWish, settings: Settings) -> str:
     if url == (settings.home / "artifacts").as_uri():
         hint = "--artifacts file:///lab/loractl, mounted everywhere; or s3://BUCKET/lab and AWS_ variables"
         raise UsageError("the lab has no store that all boxes reach", hint)
-    if not url.startswith(("file:///", "s3://")):
-        raise UsageError(f"{url} is not a lab's store", "like file:///lab/loractl or s3://loractl/lab")
-    return url
+    return checked_url("--artifacts", "artifacts_url", url)
 
 
 def _share(artifacts_url: str) -> None:

@@ -17,6 +17,7 @@ from loractl.common.errors import UsageError
 from loractl.common.fingerprint import has_tokenizer, unfit_template
 from loractl.common.job.names import is_hub_id
 from loractl.common.memory.config import find_config, hub_is_off
+from loractl.common.settings import checked_url
 from loractl.common.tensor_file import tensor_file_fault
 from loractl.common.text import slip_of
 
@@ -208,12 +209,11 @@ def _no_model(what: str, needed: str, settings: Settings) -> str:
 
 
 def _ask_the_hub(name: str) -> bool | None:
-    """Whether the hub shows it to this machine; None if it does not answer, or must not be asked."""
+    """Whether the hub shows it to this machine; None if it does not answer, or must not be asked. Raises UsageError."""
     if hub_is_off():
         return None
-    where = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    if not where.startswith(("http://", "https://")):
-        return None
+    where = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    where = checked_url("HF_ENDPOINT", "endpoint_url", where).rstrip("/")
     request = urllib.request.Request(f"{where}/api/{quote(name)}", method="HEAD")  # noqa: S310  the scheme is checked
     if token := os.environ.get("HF_TOKEN"):
         request.add_unredirected_header("Authorization", f"Bearer {token}")

@@ -220,7 +220,7 @@ def test_a_database_of_another_kind_or_with_another_password_is_not_called_unrea
 ) -> None:
     _answered(
         make_cli(LORACTL_DATABASE_URL="mysql://lab@host/loractl")("status", code=None),
-        "LORACTL_DATABASE_URL: mysql is not a database that loractl supports", 2,
+        "LORACTL_DATABASE_URL is not the URL of a PostgreSQL or SQLite database: mysql://lab@host/loractl", 2,
     )  # fmt: skip
     nobody = re.sub(r"//[^@/]*@", "//nobody:secret@", postgres_server)
     _answered(make_cli(LORACTL_DATABASE_URL=nobody)("status", code=None), "refuses this user", 4)

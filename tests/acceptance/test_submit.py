@@ -60,9 +60,7 @@ def test_a_database_that_can_not_be_used_is_refused_before_a_word_about_the_rows
     assert cli("submit", "--dry-run", job).stderr.startswith("Warning: data.jsonl: ")
     wrong = cli.with_environment(LORACTL_DATABASE_URL="mysql://lab@host/loractl")
     for command in (("submit", job), ("submit", "--dry-run", job), ("sweep", job, "--set=lora.r=4,8")):
-        assert wrong(*command, code=2).stderr.startswith("Error: LORACTL_DATABASE_URL: mysql is not a database"), (
-            command
-        )
+        assert wrong(*command, code=2).stderr.startswith("Error: LORACTL_DATABASE_URL is not the URL of"), command
     away = cli.with_environment(LORACTL_DATABASE_URL=f"postgresql://lab@127.0.0.1:{services.free_port()}/loractl")
     assert away("submit", job, code=4).stderr.startswith("Error: the database is unreachable")
 

@@ -405,7 +405,7 @@ def test_a_full_store_is_an_error_that_names_the_space_and_leaves_no_manifest(re
         store = ArtifactStore((tmp_path / "full" / "artifacts").as_uri())
         with pytest.raises(ArtifactError, match="No space left on device") as caught:
             store.put_result(result, PREFIX)
-        assert caught.value.hint == "check LORACTL_ARTIFACTS_URL and its free space"
+        assert caught.value.hint == "free space on the disk that is written to"
         with pytest.raises(ArtifactError, match="has no manifest"):
             store.manifest(HERE)
         assert not list((tmp_path / "full").rglob("*.part-*")), "what was half written is gone"
@@ -454,9 +454,11 @@ def test_wrong_keys_are_a_sentence(s3_server: services.S3, monkeypatch: pytest.M
     assert not (s3_server.folder / PREFIX).exists()
 
 
-def test_a_store_of_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(UsageError):
-        ArtifactStore("gopher://lab/artifacts")
+@pytest.mark.parametrize("endpoint", ["localhost:9000", "http://", "ftp://lab"])
+def test_an_endpoint_that_is_no_server_is_refused(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(UsageError, match="AWS_ENDPOINT_URL is not the URL of an HTTP server"):
+        ArtifactStore("s3://loractl/lab")
 
 
 def test_an_attempt_has_a_place_of_its_own() -> None:

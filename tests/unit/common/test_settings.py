@@ -44,6 +44,10 @@ def test_an_unknown_key_in_the_file_is_refused_with_the_known_ones(tmp_path: Pat
     (tmp_path / "config.toml").write_text('databse_url = "x"\n')
     with pytest.raises(UsageError, match="unknown key databse_url") as caught:
         load_settings({"LORACTL_HOME": str(tmp_path)})
+    assert caught.value.hint == "did you mean database_url?"
+    (tmp_path / "config.toml").write_text("color = 1\n")
+    with pytest.raises(UsageError, match="unknown key color") as caught:
+        load_settings({"LORACTL_HOME": str(tmp_path)})
     known = "database_url redis_url artifacts_url devices trainer_ram store_patience user host model_roots"
     known += " trusted_code lm_eval_tasks max_row max_data lease trainer notify channels s3"
     assert caught.value.hint == f"known keys: {', '.join(known.split())}"
@@ -60,6 +64,11 @@ def test_a_trainer_s_ram_is_a_size_with_its_unit(tmp_path: Path) -> None:
         load_settings({**home, "LORACTL_STORE_PATIENCE": "soon"})
     with pytest.raises(UsageError, match="LORACTL_TRAINER_RAM: 'much' is not a size"):
         load_settings({**home, "LORACTL_TRAINER_RAM": "much"})
+    for key in ("TRAINER_RAM", "MAX_ROW", "MAX_DATA"):
+        with pytest.raises(UsageError, match=f"LORACTL_{key}: '0' is no room at all"):
+            load_settings({**home, f"LORACTL_{key}": "0"})
+    with pytest.raises(UsageError, match="LORACTL_STORE_PATIENCE: '9999d' is not between 0s and 30d"):
+        load_settings({**home, "LORACTL_STORE_PATIENCE": "9999d"})
 
 
 def test_a_lease_and_a_trainer_are_taken_when_they_can_be_meant(tmp_path: Path) -> None:
@@ -68,10 +77,10 @@ def test_a_lease_and_a_trainer_are_taken_when_they_can_be_meant(tmp_path: Path) 
     given = load_settings({**home, "LORACTL_LEASE": "6s", "LORACTL_TRAINER": "tests.chaos.trainer"})
     assert (given.lease_s, given.trainer) == (6, "tests.chaos.trainer")
     for lease in ("0", "2s", "2h"):
-        with pytest.raises(UsageError, match=r"LORACTL_LEASE .* is not between 3s and 1h"):
+        with pytest.raises(UsageError, match=r"LORACTL_LEASE: .* is not between 3s and 1h"):
             load_settings({**home, "LORACTL_LEASE": lease})
     for module in ("-c", "a..b", "train.py; ls", "/tmp/x.py"):
-        with pytest.raises(UsageError, match=r"LORACTL_TRAINER .* is not a Python module"):
+        with pytest.raises(UsageError, match=r"LORACTL_TRAINER: .* is not a Python module"):
             load_settings({**home, "LORACTL_TRAINER": module})
 
 
@@ -80,7 +89,7 @@ def test_a_box_is_named_by_its_owner_or_like_its_machine(tmp_path: Path) -> None
     assert load_settings(home).host == socket.gethostname()
     assert load_settings({**home, "LORACTL_HOST": "heron.lab-2"}).host == "heron.lab-2"
     for name in ("heron:0", "two words", "x" * 65):
-        with pytest.raises(UsageError, match=r"LORACTL_HOST .* is not a host name"):
+        with pytest.raises(UsageError, match=r"LORACTL_HOST: .* is not a host name"):
             load_settings({**home, "LORACTL_HOST": name})
 
 
@@ -153,10 +162,50 @@ def test_an_address_that_is_no_url_is_refused_without_repeating_it(tmp_path: Pat
     assert "hunter2" not in f"{caught.value.sentence}{caught.value.hint}"
 
 
-def test_a_store_that_is_a_bare_folder_gets_the_form_of_one(tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as caught:
-        load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_ARTIFACTS_URL": "/lab/x"})
-    assert caught.value.hint == "a folder is written file:///lab/loractl"
+@pytest.mark.parametrize(
+    ("key", "urls", "hint"),
+    [
+        (
+            "DATABASE_URL",
+            ["mysql://lab:hunter2@db/x", "http://db", "postgresql+psycopg2://db/x", "sqlite:///:memory:", "sqlite://"],
+            "like postgresql://USER:PASSWORD@HOST/loractl; without it SQLite in LORACTL_HOME",
+        ),
+        (
+            "REDIS_URL",
+            ["http://db", "localhost:6379", "redis://db/queue", "redis+socket://"],
+            "like redis://:PASSWORD@HOST:6379/0",
+        ),
+        (
+            "ARTIFACTS_URL",
+            ["ftp://lab", "http://lab/x", "gopher://lab", "s3://", "s3:/lab/x", "file://lab/x", "file:lab", "/lab/x"],
+            "like file:///lab/loractl or s3://bucket/loractl",
+        ),
+    ],
+)
+def test_an_address_of_another_kind_is_refused_with_one_that_is_right(
+    tmp_path: Path, key: str, urls: list[str], hint: str
+) -> None:
+    for url in urls:
+        with pytest.raises(UsageError, match=f"^LORACTL_{key} is not (a|the) URL") as caught:
+            load_settings({"LORACTL_HOME": str(tmp_path), f"LORACTL_{key}": url})
+        assert caught.value.hint == hint
+        assert "hunter2" not in caught.value.sentence
+
+
+@pytest.mark.parametrize(
+    ("key", "url"),
+    [
+        ("database_url", "postgresql+psycopg:///loractl?host=/var/run/postgresql"),
+        ("database_url", "sqlite:///lab.db"),
+        ("redis_url", "redis://"),
+        ("redis_url", "rediss://:p%40@[::1]:6380/0?ssl_ca_certs=/etc/ca.pem"),
+        ("redis_url", "redis+socket:///run/valkey.sock"),
+        ("artifacts_url", "s3://bucket"),
+        ("artifacts_url", "file:///mein%20Labor"),
+    ],
+)
+def test_an_address_of_a_known_kind_is_taken(tmp_path: Path, key: str, url: str) -> None:
+    assert getattr(load_settings({"LORACTL_HOME": str(tmp_path), f"LORACTL_{key.upper()}": url}), key) == url
 
 
 def test_the_folders_of_base_models_are_a_list_like_path(tmp_path: Path) -> None:
@@ -190,7 +239,7 @@ def test_code_is_trusted_by_model_and_commit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mada", "ada\u202e", "a" * 65])
 def test_a_user_name_that_would_spoil_others_tables_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="LORACTL_USER"):
+    with pytest.raises(UsageError, match="LORACTL_USER: "):
         load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_USER": name})
 
 

@@ -261,17 +261,10 @@ def test_a_wrong_statement_is_not_taken_for_an_outage(postgres_url: str, tmp_pat
     engine.dispose()
 
 
-@pytest.mark.parametrize(
-    ("url", "sentence"),
-    [
-        ("nonsense", "LORACTL_DATABASE_URL is not a database URL: nonsense"),
-        ("oracle9://lab:hunter2@db/x", "LORACTL_DATABASE_URL: oracle9 is not a database that loractl supports"),
-    ],
-)
-def test_an_address_that_is_no_database_shows_the_right_form(url: str, sentence: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        make_engine(url)
-    assert caught.value.sentence == sentence
+def test_an_address_that_sqlalchemy_can_not_take_shows_the_right_form() -> None:
+    with pytest.raises(UsageError, match="LORACTL_DATABASE_URL is not a database URL") as caught:
+        make_engine("postgresql+psycopg://lab:hunter2@/x?host=a:1&host=b:2&port=5432")
+    assert "hunter2" not in caught.value.sentence
     assert "like postgresql://user@host/loractl" in str(caught.value.hint)
 
 
