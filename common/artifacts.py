@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import ArtifactError, NotStorable, ReportUnknown, ResultTaken, ServiceUnreachable, WrongStore
+from .errors import ArtifactError, DataError, NotStorable, ReportUnknown, ResultTaken, ServiceUnreachable, WrongStore
 from .files import Doing, Folder, Unfinished, nothing_told, open_files
 from .settings import S3Keys, Settings, redacted
 
@@ -157,14 +157,19 @@ class ArtifactStore:
             return self._files.exists(f"{prefix}/{MANIFEST}")
 
     def put_dataset(self, path: Path) -> tuple[str, str]:
-        """Upload a data set under its content hash, once. Returns (uri, sha256)."""
+        """Upload a data set under its content hash, once. Returns (uri, sha256). Raises DataError for a file that
+        somebody writes meanwhile: what is stored may not be what the hash says."""
         digest = sha256_of(path)
         name = f"datasets/{digest}{path.suffix.lower()}"
         with self._errors(f"storing {path.name}"):
             if not self._files.exists(name) or self._files.hash(name) != digest:
                 self._files.put(path, name)
+                changed = sha256_of(path) != digest
             else:
                 self._files.refresh(path, name)
+                changed = False
+        if changed:
+            raise DataError(path, "was changed while it was stored", hint="submit again once nobody writes it")
         return f"{self.url}/{name}", digest
 
     def fetch_dataset(self, uri: str, sha256: str, folder: Path) -> Path:

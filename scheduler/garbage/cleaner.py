@@ -179,9 +179,14 @@ class Cleaner:
                 self._artifacts.remove(garbage.name)
                 yield garbage
         for garbage in self._work():
-            # a job queued again since the listing continues from there
+            # a job queued again since the listing continues from there, and its next attempt has a folder of its own
+            folder = Path(garbage.name)
+            left = _children(folder) if folder.is_dir() and not folder.is_symlink() else [folder]
             if garbage.job_id is not None and self._store.results.forget_finished(garbage.job_id, *self._here()):
-                _remove_here(Path(garbage.name))
+                for path in left:
+                    _remove_here(path)
+                with contextlib.suppress(OSError):  # it is not empty, or gone
+                    folder.rmdir()
                 yield garbage
         for garbage in self._cache():
             _remove_here(Path(garbage.name))

@@ -156,7 +156,7 @@ def _attempt_row(attempt: PastAttempt, now: dt.datetime) -> list[str]:
         gib(attempt.planned),
         gib(attempt.peak),
         clock(attempt.row.started_at, now),
-        "runs" if took is None else duration(took),
+        "runs" if took is None else duration(took if took >= 0 else None),  # below: the clock was set back
         attempt.row.reason.value if attempt.row.reason else "",
         f"step {attempt.row.resumed_from_step}" if attempt.row.resumed_from_step else "",
     ]

@@ -179,12 +179,17 @@ def _remove(place: Workplace, attempt: SupervisedAttempt) -> None:
 def _thin_out(attempt: SupervisedAttempt) -> None:
     """Of several attempts on this box, keep only the newest checkpoints, and finished results."""
     found = [path for folder in _own(attempt) for path in folder.glob("checkpoints/checkpoint-*")]
-    by_age = sorted(found, key=_changed_at)
-    for checkpoint in by_age[:-CHECKPOINTS_KEPT]:
+    for checkpoint in sorted(found, key=_reached)[:-CHECKPOINTS_KEPT]:
         shutil.rmtree(checkpoint, ignore_errors=True)
     for folder in _own(attempt):
         if not (folder / READY).exists() and not any(folder.glob("checkpoints/checkpoint-*")):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reached(checkpoint: Path) -> tuple[int, int]:
+    """Its attempt and its step: the box's clock may have gone back since an older one was written."""
+    attempt, step = (int(name.rpartition("-")[2]) for name in (checkpoint.parents[1].name, checkpoint.name))
+    return attempt, step
 
 
 def _own(attempt: SupervisedAttempt) -> Iterator[Path]:

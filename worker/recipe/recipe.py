@@ -53,7 +53,7 @@ from .run import Run
 
 def train(run: Run) -> Ended:
     """Prepare, train, evaluate, and leave adapter and report in the order's output folder."""
-    order, began = run.order, time.time()
+    order, began = run.order, time.monotonic()
     out = Path(order.output_dir)
 
     check_trackers(run.spec)
@@ -98,7 +98,7 @@ def train(run: Run) -> Ended:
         steps.end()
 
     # 6. The report, and the manifest's other files.
-    course = _course(run, callbacks, arguments, time.time() - began)
+    course = _course(run, callbacks, arguments, time.monotonic() - began)
     run.say("hashes the base's files, and writes the report")
     report = build_report(order, identity.wait(run.go_on), learner, data, evaluation, course, final)
     write_report(report, out)

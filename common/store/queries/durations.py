@@ -72,17 +72,19 @@ def read_timed(tx: Transaction, base_model: str, now: dt.datetime) -> list[Timed
             prepared_s=row.prepared_s,
             trained_s=row.trained_s,
             steps=row.trained_steps,
-            seconds=_between(row.started_at, row.ended_at) if row.reason is Reason.OK else None,
+            seconds=took if row.reason is Reason.OK and took > 0 else None,
             resumed=bool(row.resumed_from_step),
             roomy=row.roomy,
             neighbours=row.neighbours,
             contention=row.contention,
         )
         for row in newest
+        for took in [_between(row.started_at, row.ended_at)]
     ]
 
 
 def _between(start: dt.datetime, end: dt.datetime) -> float:
+    """Not above 0 if the clock has gone back meanwhile: then it is no measurement."""
     return (end - start).total_seconds()
 
 
@@ -181,7 +183,8 @@ def _surprises(tx: Transaction, job: Job) -> bool:
         select(CardContention.contention).where(CardContention.device_name == row.device_name)
     )
     took = _between(row.started_at, row.ended_at) / slowed(row.neighbours, contention)
-    return row.reason is Reason.OK and not 1 / SURPRISING < took / max(row.seconds_predicted, 1e-3) < SURPRISING
+    as_predicted = 1 / SURPRISING < took / max(row.seconds_predicted, 1e-3) < SURPRISING
+    return row.reason is Reason.OK and took > 0 and not as_predicted
 
 
 def read_predicted(tx: Transaction, limit: int = MEASURED) -> list[TimeMeasured]:
@@ -192,6 +195,7 @@ def read_predicted(tx: Transaction, limit: int = MEASURED) -> list[TimeMeasured]
     )  # fmt: skip
     query = select(*columns).outerjoin(CardContention, CardContention.device_name == Attempt.device_name)
     query = query.where(Attempt.reason == Reason.OK, Attempt.predicted_by.is_not(None))
+    query = query.where(Attempt.ended_at > Attempt.started_at)
     return [
         TimeMeasured(
             device_name=row.device_name or "unknown",

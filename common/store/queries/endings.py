@@ -361,7 +361,8 @@ def _charge(tx: Transaction, job: Job, parts: Sequence[GangShare], now: dt.datet
     """Charge the attempt's part of its card to its user."""
     if job.started_at is None or not job.vram_reserved:
         return
-    had = sum(part.bytes for part in parts) / GIB * (now - job.started_at).total_seconds() / 3600
+    hours = max(0.0, (now - job.started_at).total_seconds()) / 3600  # the clock may have gone back
+    had = sum(part.bytes for part in parts) / GIB * hours
     tx.add_new(Use, [{"user": job.user, "gib_hours": 0.0, "at": now}])  # there is a row to lock at a first end, too
     use = tx.session.get_one(Use, job.user, with_for_update=True, populate_existing=True)
     use.gib_hours, use.at = decayed(use.gib_hours, (now - use.at).total_seconds()) + had, now

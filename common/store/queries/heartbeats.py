@@ -86,8 +86,9 @@ def keep_checkpoint(tx: Transaction, claim: Claim, checkpoint: StoredCheckpoint)
     known = select(Job.checkpoint, Job.started_at, Node.self_test).outerjoin(Node, Node.node == Job.node)
     row = tx.session.execute(known.where(Job.job_id == claim.job_id)).one()
     took: dict[str, Any] = {"begun_bf16": takes_bf16(row.self_test) if claim.spec.training.dtype == "auto" else None}
-    if row.started_at is not None and not is_of_attempt(row.checkpoint, claim.job_id, claim.attempt):
-        took |= {"checkpoint_s": (tx.now() - row.started_at).total_seconds()}
+    seconds = 0.0 if row.started_at is None else (tx.now() - row.started_at).total_seconds()
+    if seconds > 0 and not is_of_attempt(row.checkpoint, claim.job_id, claim.attempt):  # else the clock has gone back
+        took |= {"checkpoint_s": seconds}
     return tx.change(mine(claim).values(checkpoint=vars(checkpoint), **took)) == 1
 
 

@@ -18,6 +18,7 @@ import pytest
 from loractl.common.artifacts import MANIFEST, ArtifactStore, Binding, attempt_prefix, open_store, sha256_of
 from loractl.common.errors import (
     ArtifactError,
+    DataError,
     LoractlError,
     ReportUnknown,
     ResultTaken,
@@ -245,6 +246,25 @@ def test_a_data_set_is_stored_once_under_its_content(place: Place, tmp_path: Pat
     assert place.store.put_dataset(copy) == (uri, digest)
     assert stored.stat().st_ino == before, "equal content is not uploaded again"
     assert [p.name for p in stored.parent.iterdir()] == [stored.name]
+
+
+def test_a_data_set_that_somebody_writes_while_it_is_stored_is_refused(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, put = tmp_path / "data.jsonl", place.store._files.put
+    data.write_text('{"text": "a"}\n')
+    digest = sha256_of(data)
+
+    def put_late(path: Path, name: str) -> None:
+        path.write_text('{"text": "b"}\n')
+        put(path, name)
+
+    with monkeypatch.context() as late, pytest.raises(DataError, match="was changed while it was stored"):
+        late.setattr(place.store._files, "put", put_late)
+        place.store.put_dataset(data)
+    data.write_text('{"text": "a"}\n')
+    uri, _ = place.store.put_dataset(data)
+    assert sha256_of(place.store.fetch_dataset(uri, digest, tmp_path / "cache")) == digest
 
 
 def test_holdings_are_what_was_stored_with_sizes_and_dates(place: Place, result: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 import shutil
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +111,18 @@ def test_what_a_failed_job_leaves_is_bounded(bench: Bench) -> None:
     kept = [f"1/attempt-2/checkpoints/checkpoint-{step}" for step in (10, 15)]
     assert bench.local() == [*kept, "1/attempt-2/result/adapter"]
     assert bench.place.store.jobs.get(1).checkpoint is not None and "2-15" in bench.stored()
+
+
+@SQLITE_ALONE
+def test_of_checkpoints_the_newest_stay_though_the_box_s_clock_has_gone_back(bench: Bench) -> None:
+    first = bench.attempt()
+    clean(bench.place, first, bench.end(first, Reason.DRAINED))
+    second, now = bench.attempt(), time.time()
+    for path in bench.place.settings.work_dir.glob("1/*/*/*"):
+        step = int(path.name.rpartition("-")[2])
+        os.utime(path, (now - step, now - step - 3600 * (path.parents[1].name == "attempt-2")))
+    clean(bench.place, second, bench.end(second, Reason.DRAINED))
+    assert bench.local() == [f"1/attempt-2/checkpoints/checkpoint-{step}" for step in (10, 15)]
 
 
 @SQLITE_ALONE

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
+from loractl.common.artifacts import checkpoint_prefix
 from loractl.common.errors import WrongState
 from loractl.common.job.status import LAB_FAILURE_LIMIT, LAB_RETRY_DELAY_S, OUTCOMES, TRANSITIONS, Reason, Stage, Status
 from loractl.common.placement.lines import RESULT_FIRST_S, VRAM_CLASSES
@@ -245,6 +246,22 @@ TOLD = Progress(
     to_evaluate=40,
 )
 TOLD_COLUMNS = [name for name in vars(TOLD) if getattr(TOLD, name) not in (None, (), "")]
+
+
+def test_an_attempt_during_which_the_clock_goes_back_costs_nothing_and_measures_nothing(
+    timed: Store, clock: Clock
+) -> None:
+    job_id = timed.jobs.submit(submission())
+    mine = claim(timed)
+    clock.forward(-3600)
+    prefix = checkpoint_prefix(job_id, 1, 3)
+    assert timed.attempts.keep_checkpoint(mine, StoredCheckpoint(step=3, prefix=prefix))
+    assert timed.jobs.get(job_id).checkpoint_s is None
+    assert timed.attempts.beat(mine, Progress(trained_s=1.0, trained_steps=3)).accepted
+    assert end(timed, Reason.OK, mine) is Status.SUCCEEDED
+    assert timed.cards.fleet().charges == {"ada": 0.0}
+    (run,) = timed.attempts.timed("org/model", clock.now)
+    assert run.seconds is None
 
 
 @pytest.mark.both

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import func, select, update
@@ -373,6 +374,26 @@ def test_a_job_that_is_retried_after_gc_names_no_checkpoint_that_is_gone(lab: La
     lab.store.jobs.retry(claim.job_id, "ada")
     again = take(lab.store)
     assert isinstance(again, Claim) and again.checkpoint is None
+
+
+@EMBEDDED
+def test_a_job_that_is_retried_while_gc_removes_what_it_left_here_keeps_its_new_folder(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = lab.run(Reason.DIVERGED)
+    before, after = (lab.settings.work_dir / str(job_id) / f"attempt-{number}" for number in (1, 2))
+    before.mkdir(parents=True)
+    forget = lab.store.results.forget_finished
+
+    def then_retry(*asked: Any) -> bool:
+        forgotten = forget(*asked)
+        lab.store.jobs.retry(job_id, "ada")
+        after.mkdir()
+        return forgotten
+
+    monkeypatch.setattr(lab.store.results, "forget_finished", then_retry)
+    assert names(lab.cleaner().remove(), Kind.WORK) == {str(before.parent)}
+    assert not before.exists() and after.exists()
 
 
 @EMBEDDED
