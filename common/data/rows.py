@@ -72,9 +72,7 @@ class DataFile:
 
     def _rows(self) -> Iterator[RawRow]:
         path, suffix = self._path, self._path.suffix.lower()
-        if suffix not in DATA_SUFFIXES:
-            raise DataError(path, f"has none of the endings {', '.join(DATA_SUFFIXES)}", hint=_way_for(path, suffix))
-        size, settings = _regular_size(path), load_settings()
+        size, settings = size_of_rows(path), load_settings()
         if suffix == ".parquet":
             yield from _read_parquet(path, settings.max_row, settings.max_data)
         elif suffix == ".json":
@@ -139,10 +137,18 @@ def read_rows(path: Path) -> list[RawRow]:
 _MORE_DATA = "LORACTL_MAX_DATA=... allows more, here and on the workers"
 
 
-def _regular_size(path: Path) -> int:
-    """A file's bytes. Reading a pipe would wait, and a device would never end. Raises DataError, OSError."""
+def size_of_rows(path: Path) -> int:
+    """The bytes of a file that can be read here. Reading a pipe would wait, and a device would never end.
+
+    Raises DataError, OSError.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in DATA_SUFFIXES:
+        raise DataError(path, f"has none of the endings {', '.join(DATA_SUFFIXES)}", hint=_way_for(path, suffix))
     facts = path.stat()
-    if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):  # opening a folder says what it is
+    if stat.S_ISDIR(facts.st_mode):
+        raise DataError(path, "is a folder", hint="name one file in it")
+    if not stat.S_ISREG(facts.st_mode):
         raise DataError(path, "is not a regular file", hint="write the rows into a file")
     return facts.st_size
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loractl.common.data.rows import size_of_rows
+from loractl.common.errors import DataError
 from loractl.common.fingerprint import has_tokenizer
 from loractl.common.memory.step import Lengths
 
@@ -71,8 +74,14 @@ def obstacle_to_count(spec: JobSpec) -> str | None:
     """Why the rows can't be counted on this machine; None: they can."""
     if not has_tokenizer(Path(spec.base_model)):
         return "there is no tokenizer to count them with"
-    if not all(Path(source.path).exists() for source in spec.dataset.sources):
-        return "the data is not on this machine to count them"
+    try:
+        for source in spec.dataset.sources:
+            if Path(source.path).exists():
+                size_of_rows(Path(source.path))
+            else:
+                return "the data is not on this machine to count them"
+    except DataError as error:
+        return error.sentence
     if importlib.util.find_spec("torch") is None:
         return "the training stack is not on this machine to count them"
     return None
@@ -82,7 +91,7 @@ def ask_tokenizer(spec: JobSpec, *options: str) -> dict[str, Any]:
     """What worker/data/lengths.py prints, or an `error`."""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "loractl.worker.data.lengths", *options],
+            [sys.executable, "-m", "loractl.worker.data.lengths", *options, f"--ends-with={os.getpid()}"],
             input=spec.model_dump_json(),
             capture_output=True,
             text=True,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -446,6 +449,25 @@ def test_more_rows_take_hardly_more_memory(tiny_model: Path, tmp_path: Path, mon
     peak(10)  # what is imported on the way
     few, many = peak(200), peak(800)
     assert many < 1.6 * few, f"200 rows took {few} bytes, 800 rows {many}"
+
+
+def test_a_count_of_tokens_ends_with_the_command_that_asked_for_it(warm_start: dict[str, str]) -> None:
+    with subprocess.Popen(["sleep", "60"]) as command:
+        asked = f"client('loractl.worker.data.lengths', ['--ends-with={command.pid}'])"
+        count = subprocess.Popen(
+            [sys.executable, "-c", f"import sys; from tests.warm import client; sys.exit({asked})"],
+            stdin=subprocess.PIPE,  # it waits for a spec
+            env={**os.environ, **warm_start},
+        )
+        try:
+            with pytest.raises(subprocess.TimeoutExpired):
+                count.wait(timeout=2)
+            command.kill()
+            command.wait()
+            assert count.wait(timeout=30) == 1
+        finally:
+            count.kill()
+            count.wait()
 
 
 def test_a_template_that_refuses_a_role_is_quoted(check: Check) -> None:

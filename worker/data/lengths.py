@@ -7,13 +7,18 @@ Prints {"lengths": {"train": tokens, "evaluate": tokens, "rows": number, "labels
 {"train": number, "held_out": number, "cut": number, "left_out": number}}, where labels are a classifier's, else null,
 longest has the longest rows to train on, and rows counts the rows used; with --check {"findings": [...]} about the rows
 used. Or {"error": sentence, "hint": sentence or null, "of_rows": whether a row is wrong, and not what reads it}.
+With --ends-with=PID it ends once that process, the command that asks, has ended.
 """
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
+import os
 import sys
+import threading
+import time
 from typing import Any
 
 from loractl.common.errors import DataError, LoractlError
@@ -46,6 +51,9 @@ def lengths_of(data: PreparedData) -> Lengths:
 
 def main() -> None:
     """Serve one spec."""
+    for argument in sys.argv[1:]:
+        if argument.startswith("--ends-with="):
+            threading.Thread(target=_end_with, args=(int(argument.partition("=")[2]),), daemon=True).start()
     spec = JobSpec.model_validate_json(sys.stdin.read())
     try:
         tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template)
@@ -57,6 +65,15 @@ def main() -> None:
     except LoractlError as error:
         told = {"error": error.sentence, "hint": error.hint, "of_rows": isinstance(error, DataError)}
     sys.stdout.write(json.dumps(told))
+
+
+def _end_with(command: int) -> None:
+    """A command that is killed must not leave a count of minutes behind."""
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(command, 0)
+            time.sleep(1)
+    os._exit(1)
 
 
 def _counts(spec: JobSpec, tokenizer: Any) -> dict[str, Any]:

@@ -55,6 +55,25 @@ def test_a_pair_is_planned_for_as_a_row_of_both_its_answers(base: str) -> None:
     assert told == "Planned for pairs of twice max_length, 2048 tokens: there is no tokenizer to count them with."
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("/dev/zero", "/dev/zero: has none of the endings .jsonl, .json, .csv, .parquet"),
+        ("pipe.jsonl", "{tmp_path}/pipe.jsonl: is not a regular file"),
+        ("folder.json", "{tmp_path}/folder.json: is a folder"),
+        ("none.jsonl", "the data is not on this machine to count them"),
+    ],
+)
+def test_what_submit_would_not_read_as_data_is_not_counted_for_a_plan(
+    base: str, tmp_path: Path, name: str, why: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "folder.json").mkdir()
+    told = row_lengths(spec(base_model=base, dataset={"path": str(tmp_path / name)})).sentence
+    assert told == f"Planned for rows of max_length, 1024 tokens: {why.format(tmp_path=tmp_path)}."
+
+
 def test_a_classifier_needs_less_than_a_job_that_learns_words(base: str) -> None:
     words, labels = predict(spec(base_model=base)), predict(classifier(base))
     assert words.lora is not None and labels.lora is not None and labels.lora < words.lora / 1.2
