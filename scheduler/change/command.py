@@ -192,7 +192,7 @@ def _unfinished(store: Store, user: str, *, queued: bool) -> list[int]:
 
 
 def _tell(store: Store, job_id: int, became: Status) -> None:
-    from loractl.common.job.status import Status
+    from loractl.common.job.status import Stage, Status
     from loractl.common.text import clean_line
     from loractl.scheduler.status.job import job_state
 
@@ -202,6 +202,10 @@ def _tell(store: Store, job_id: int, became: Status) -> None:
     job = job_state(store, job_id)
     if job.status is not Status.RUNNING:  # it ended before its trainer could be asked to stop
         click.echo(f"Job {job_id} {job.status.in_words}.")
+        return
+    if job.stage is Stage.STORING:
+        says = "has ended its training: it succeeds once its result is stored, unless the artifact store is away"
+        click.echo(f"Job {job_id} {says}.")
         return
     kept = f"nothing of its training is kept, so loractl retry {job_id} would start again"
     click.echo(f"Job {job_id} is being stopped on {clean_line(job.where)}; {kept}.")

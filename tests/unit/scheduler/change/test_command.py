@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from sqlalchemy import Connection, Engine, event
 
 from loractl.common.errors import WrongState
-from loractl.common.job.status import Reason, Status
+from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
@@ -45,6 +45,9 @@ def test_a_job_that_ends_in_between_is_not_said_to_be_stopping(
     assert first == f"Job {ended} has succeeded."
     assert second.startswith(f"Job {runs} is being stopped on box:0; nothing of its training is kept")
     assert third == f"Job {waits} is cancelled."
+    store.attempts.beat(other, Progress(stage=Stage.STORING))
+    told = CliRunner(env=environment).invoke(cancel, [str(runs)])
+    assert told.output.startswith(f"Job {runs} has ended its training: it succeeds once its result is stored")
 
 
 def test_the_followers_of_a_sweep_s_members_are_cancelled_with_it(upgraded_home: Path) -> None:
