@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
 
 from loractl.common.job.method import Method
+from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import choose_precision
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_base
+from loractl.worker.recipe import recipe as training
 
 from ..models import make_tiny_model
+from .conftest import Recipe
 
 
 @pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
@@ -30,3 +36,23 @@ def test_weights_that_are_written_over_in_place_change_no_base_that_is_loaded(tm
     with file.open("r+b") as stream:
         stream.truncate(0)  # a page of a file that has no such page any more would end the process by SIGBUS
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+def test_a_base_that_changes_while_it_is_loaded_is_not_trained_on(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report would name the files that came, and the tokenizer be of those that went."""
+    folder, base_of = make_tiny_model(tmp_path / "model"), training.base_of
+
+    def replaced(*order: Any) -> Any:
+        base = base_of(*order)
+        new = shutil.copy(folder / "model.safetensors", tmp_path)
+        Path(new).replace(folder / "model.safetensors")
+        return base
+
+    monkeypatch.setattr(training, "base_of", replaced)
+    with pytest.raises(TrainingFailed, match="model was changed while it was loaded") as failed:
+        recipe(job={"base_model": str(folder)})
+    assert failed.value.reason is Reason.TRAINER_ERROR
+    monkeypatch.setattr(training, "base_of", base_of)
+    assert recipe("b", job={"base_model": str(folder)})[0].reason is Reason.OK

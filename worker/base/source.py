@@ -181,6 +181,16 @@ def traits_of(base_model: str, revision: str | None) -> Traits:
     return frozenset((where, name, f.st_size, f.st_mtime_ns, f.st_ctime_ns, f.st_ino) for name, f in facts)
 
 
+def dates_of(base_model: str) -> Traits:
+    """Name, size, date and inode of each file of a base's folder: what `cp` or `git pull` changes, and a link or a
+    permission doesn't. Nothing for a folder that can't be read, and for a model on the hub, where a commit's files stay
+    as they are."""
+    with contextlib.suppress(OSError):
+        if Path(base_model).is_absolute():
+            return frozenset((name, size, date, inode) for _, name, size, date, _, inode in traits_of(base_model, None))
+    return frozenset()
+
+
 class BaseIdentity:
     """Hashes a base model's files during its training: a card must not wait minutes for the hash of 140 GB.
 
