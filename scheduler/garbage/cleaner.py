@@ -258,7 +258,7 @@ class Cleaner:
 
     def _cache(self, without: Collection[int] = ()) -> Iterator[Garbage]:
         """Entries that were not read for a long time, except data that a job still needs; measurements that no job may
-        read any more, like those of a job that has gone."""
+        read any more, like those of a job that has gone; and what was begun a day ago and has not got its name."""
         limit = self._limit()
         listed = {row.sha256 for row in self._store.cards.kept_files(self._settings.host)}
         needed = self._store.results.needed_data(limit, without)
@@ -269,6 +269,8 @@ class Cleaner:
                     why = f"last used {used_at:%Y-%m-%d}" if used_at < limit and entry.name not in needed else ""
                     if part == "measured" and entry.name not in listed and used_at < self._store.now() - LEAST_AGE:
                         why = "the database does not name it"
+                    if ".part-" in entry.name and used_at < self._store.now() - LEAST_AGE:
+                        why = "a killed process had begun it"
                     if why:
                         yield Garbage(kind=Kind.CACHE, name=str(entry), size=_size(entry), why=why)
 

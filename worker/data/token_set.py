@@ -176,7 +176,7 @@ def _kept(folder: Path) -> TokenSet | None:
         if counts.pop("sha256") == _sums(folder):
             return TokenSet(rows=TokenRows.load(folder), **counts)
     if folder.exists():
-        aside = Path(tempfile.mkdtemp(dir=folder.parent))
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
         with contextlib.suppress(OSError):
             folder.rename(aside / "torn")  # gone at once for every reader, unless another trainer was first
         shutil.rmtree(aside, ignore_errors=True)
@@ -186,7 +186,7 @@ def _kept(folder: Path) -> TokenSet | None:
 def _keep(tokens: TokenSet, folder: Path) -> None:
     """Write to a temporary folder, sync and rename: two trainers may prepare the same data at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent))
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".part-"))
     try:
         tokens.rows.save(aside)
         counts = {name: value for name, value in vars(tokens).items() if name != "rows"}

@@ -319,11 +319,12 @@ def test_what_is_here_goes_when_its_job_has_ended_or_nobody_used_it_for_long(lab
     entries = {}
     for part, name in (
         ("datasets", needed), ("datasets", "old"), ("tokenised", "old"), ("tokenised", "new"), ("adapters", "old"),
+        ("tokenised", ".part-killed"), ("tokenised", ".part-new"),
     ):  # fmt: skip
         entry = cache / part / name
         entry.mkdir(parents=True)
         (entry / "set.json").write_bytes(b"x" * 500)
-        age = 0 if name == "new" else 40 * 86400
+        age = 0 if name.endswith("new") else 2 * 86400 if name.endswith("killed") else 40 * 86400
         os.utime(entry, (lab.clock.now.timestamp() - age,) * 2)
         entries[part, name] = entry
 
@@ -332,13 +333,18 @@ def test_what_is_here_goes_when_its_job_has_ended_or_nobody_used_it_for_long(lab
         str(entries["datasets", "old"]),
         str(entries["tokenised", "old"]),
         str(entries["adapters", "old"]),
+        str(entries["tokenised", ".part-killed"]),
     }
     here = (Kind.WORK, Kind.CACHE)
     assert names(lab.cleaner().find(), *here) == wanted
     gone = [g for g in lab.cleaner().remove() if g.kind in here]
     assert {(g.name, g.size) for g in gone} == {(n, 1000 if n.startswith(str(work)) else 500) for n in wanted}
     assert {p.name for p in work.iterdir()} == {str(waiting), "99", "notes", f"0{ended}"}
-    assert entries["datasets", needed].exists() and entries["tokenised", "new"].exists()
+    assert (
+        entries["datasets", needed].exists()
+        and entries["tokenised", "new"].exists()
+        and entries["tokenised", ".part-new"].exists()
+    )
 
 
 def test_a_measurement_goes_when_no_row_names_it_or_nobody_used_it_for_long(lab: Lab) -> None:
