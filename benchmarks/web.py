@@ -35,7 +35,7 @@ from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.scheduler.web import metrics, site
-from loractl.scheduler.web.access import Access
+from loractl.scheduler.web.guard import Access
 from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import make_site
 

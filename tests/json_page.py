@@ -34,7 +34,7 @@ SHARED = {
     "A finding": "common/data/findings.py:Finding",
     "A difference": "scheduler/compare/answer.py:Against",
     "A comparison": "scheduler/compare/answer.py:Comparison",
-    "A corrected change": "scheduler/compare/choice.py:CorrectedChange",
+    "A corrected change": "scheduler/compare/winner.py:CorrectedChange",
     "A pair": "scheduler/reproduce/sameness.py:Pair",
     "Losses of rows": "scheduler/reproduce/sameness.py:RowLosses",
     "Cards asked for": "scheduler/wait/gangs.py:CardsAsked",

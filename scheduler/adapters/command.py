@@ -133,12 +133,12 @@ def pull(names: tuple[str, ...], folder: Path, gguf: bool, vllm: bool) -> None:
         elif not vllm:
             click.echo(f"Load it on {base}:  PeftModel.from_pretrained(base, {str(own)!r})", err=True)
         if gguf:
-            from .llama_cpp import write_gguf
+            from .runtimes import write_gguf
 
             file = write_gguf(own, stored.base_model, job.spec.get("revision"))
             click.echo(f"For llama.cpp, on a GGUF of {base}:  llama-server -m BASE.gguf --lora {file}")
     if vllm:
-        from .vllm import vllm_command
+        from .runtimes import vllm_command
 
         ((base_model, revision),) = bases
         named = {f"{one.name}-{job_id}": folders[job_id] for job_id, (one, _) in adapters.items()}

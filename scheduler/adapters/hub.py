@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import LoractlError, ServiceUnreachable, UsageError
+from loractl.common.model_card import License
 from loractl.common.settings import redacted
 from loractl.common.text import clean_line
 
-from .publication import license_in
-
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
-
-    from loractl.common.model_card import License
 
 TIMEOUT_S = 30.0
 
@@ -90,6 +87,21 @@ def base_license(base: str, commit: str | None) -> License | None:
     except NotThere:
         return None
     return None if card is None else license_in(card.to_dict())
+
+
+def license_in(told: Any) -> License | None:
+    """The license in a model's metadata; None if there is none, or several."""
+    if not isinstance(told, Mapping):
+        return None
+    name = told.get("license")
+    if isinstance(name, list) and len(name) == 1:
+        name = name[0]
+    if not isinstance(name, str) or not name.strip().isprintable() or not name.strip():
+        return None
+    more = {key: told[key] for key in ("license_name", "license_link") if isinstance(told.get(key), str)}
+    if "://" not in more.get("license_link", "://"):  # a file in the base's own repository
+        del more["license_link"]
+    return License(id=name.strip(), more=more)
 
 
 def push(folder: Path, files: Mapping[str, int], repository: Repository, message: str) -> Pushed:

@@ -36,27 +36,7 @@ def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     Before a job begins all may change but its base and its data; while it runs priority, labels and
     resources.time_limit. A job that has begun and waits again takes what leaves its checkpoint valid.
     """
-    from loractl.common.queue.hints import open_sender
-    from loractl.scheduler.cli.output import hint, warn
-    from loractl.scheduler.cli.session import open_artifacts, open_session
-    from loractl.scheduler.submit.intake import wake_for
-
-    from .amendment import amendment, require_unended, unchecked_rows, unknown_channels
-
-    settings, store = open_session()
-    artifacts = functools.partial(open_artifacts, settings, store)
-    with open_sender(settings) as sender:
-
-        def change(job_id: int) -> None:
-            require_unended(store, job_id)
-            changed = amendment(store, job_id, overrides)
-            warn(unknown_channels(changed, settings))
-            warn(unchecked_rows(changed, artifacts, lambda: hint("Counting tokens ...")))
-            job = store.jobs.edit(changed, settings.user)
-            click.echo(f"Job {job_id} is changed: {changed.text}.")
-            warn(wake_for(job, sender))
-
-        _for_each(jobs_named(store, jobs), change)
+    _change(jobs, overrides, again=False)
 
 
 @click.command()
@@ -70,27 +50,40 @@ def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
 
     They continue from their checkpoints, if they have any. A held job has not ended: loractl release lets it start.
     """
+    _change(jobs, overrides, again=True)
+
+
+def _change(jobs: Sequence[str], overrides: Sequence[str], *, again: bool) -> None:
+    """Give jobs the settings. `again`: queue them, with or without a change; else none of them has ended."""
     from loractl.common.queue.hints import open_sender
     from loractl.scheduler.cli.output import hint, warn
     from loractl.scheduler.cli.session import open_artifacts, open_session
     from loractl.scheduler.submit.intake import wake_for
 
-    from .amendment import amendment, unchecked_rows, unknown_channels
+    from .amendment import amendment, require_unended, unchecked_rows, unknown_channels
 
     settings, store = open_session()
     artifacts = functools.partial(open_artifacts, settings, store)
     with open_sender(settings) as sender:
 
-        def queue(job_id: int) -> None:
+        def change(job_id: int) -> None:
+            if not again:
+                require_unended(store, job_id)
             changed = amendment(store, job_id, overrides) if overrides else None
             if changed is not None:
                 warn(unknown_channels(changed, settings))
                 warn(unchecked_rows(changed, artifacts, lambda: hint("Counting tokens ...")))
-            job = store.jobs.retry(job_id, settings.user, changed)
-            click.echo(f"Job {job_id} is queued again{f': {changed.text}' if changed else ''}.")
+            told = f": {changed.text}" if changed else ""
+            if again:
+                job = store.jobs.retry(job_id, settings.user, changed)
+                click.echo(f"Job {job_id} is queued again{told}.")
+            else:
+                assert changed is not None, "--set is required"
+                job = store.jobs.edit(changed, settings.user)
+                click.echo(f"Job {job_id} is changed{told}.")
             warn(wake_for(job, sender))
 
-        _for_each(jobs_named(store, jobs), queue)
+        _for_each(jobs_named(store, jobs), change)
 
 
 @click.command()
@@ -144,6 +137,7 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
     removed. Of several jobs, those that can't be cancelled are named, and the others are.
     """
     from loractl.common.errors import JobNotFound, NotYours, UsageError, WrongState
+    from loractl.common.job.status import Status
     from loractl.scheduler.cli.session import open_session
 
     if [bool(jobs), sweep_id is not None, user is not None].count(True) != 1 or (queued and user is None):
@@ -153,7 +147,8 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
     job_ids = jobs_named(store, jobs)
     if user is not None:
         user = settings.user if user == "me" else user
-        job_ids = _unfinished(store, user, queued=queued)
+        statuses = (Status.QUEUED,) if queued else (Status.QUEUED, Status.RUNNING)
+        job_ids = sorted(job.job_id for job in store.jobs.matching(statuses=statuses, user=user))
         if not job_ids:
             warn_of_unknown_user(store, user)
             click.echo("No such job waits." if queued else "No such job waits or runs.")
@@ -182,13 +177,6 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
         _tell(store, job.job_id, job.status)
     if refused is not None:
         raise refused
-
-
-def _unfinished(store: Store, user: str, *, queued: bool) -> list[int]:
-    from loractl.common.job.status import Status
-
-    statuses = (Status.QUEUED,) if queued else (Status.QUEUED, Status.RUNNING)
-    return sorted(job.job_id for job in store.jobs.matching(statuses=statuses, user=user))
 
 
 def _tell(store: Store, job_id: int, became: Status) -> None:

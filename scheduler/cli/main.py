@@ -94,7 +94,7 @@ SECTIONS: dict[str, Commands] = {
     },
     "This installation": {
         "doctor": ("loractl.scheduler.lab.command:doctor", "Check this installation, and say what to fix."),
-        "completion": ("loractl.scheduler.cli.completion:completion", "Print the line that turns on shell completion."),
+        "completion": ("loractl.scheduler.cli.named:completion", "Print the line that turns on shell completion."),
     },
 }
 """As `loractl --help` lists them."""

@@ -148,3 +148,20 @@ def _known_adapters(store: Store) -> Iterator[tuple[str, str]]:
     for adapter in stored:
         for tag in tags.get(adapter.job_id, ()):
             yield f"{adapter.name}:{tag}", f"job {adapter.job_id}"
+
+
+_LINES = {
+    "bash": 'eval "$(_LORACTL_COMPLETE=bash_source loractl)"',
+    "zsh": 'eval "$(_LORACTL_COMPLETE=zsh_source loractl)"',
+    "fish": "_LORACTL_COMPLETE=fish_source loractl | source",
+}
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(list(_LINES)))
+def completion(shell: str) -> None:
+    """Print the line that turns on shell completion.
+
+    For bash: loractl completion bash >> ~/.bashrc
+    """
+    click.echo(_LINES[shell])

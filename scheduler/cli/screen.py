@@ -129,7 +129,7 @@ def fit(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(1, width - 1)] + "…"
 
 
-def block(text: str, screen: Screen, indent: int = 0) -> str:
+def block(text: str, indent: int = 0) -> str:
     """Text of several lines, indented; control characters of a model's answer must not reach the terminal."""
     first, *rest = clean_text(text, keep="\n").splitlines() or [""]
     return "\n".join([first, *(" " * indent + line for line in rest)])

@@ -72,14 +72,6 @@ def _obstacle(device: DeviceState, now: dt.datetime) -> str | None:
     return "its worker is stopping" if device.row.draining else None
 
 
-def _jobs(device: DeviceState) -> list[str]:
-    """The jobs of a card, a job on several cards with all of them."""
-    return [
-        f"{job.user} {job.job_id}" + (f" on {in_short(cards)}" if len(cards := device.cards_of(job.job_id)) > 1 else "")
-        for job in device.card.running
-    ]
-
-
 def _users(device: DeviceState, now: dt.datetime) -> str:
     others = [process_name(process) for process in device.row.outside]
     if len(others) > 2:
@@ -89,4 +81,8 @@ def _users(device: DeviceState, now: dt.datetime) -> str:
     if device.card.contention is not None and device.card.max_jobs > 1:
         notes.append(f"jobs take {device.card.contention:.0%} longer for each other (measured)")
     notes += [] if device.row.until is None else [f"until {clock(device.row.until, now)}"]
-    return ", ".join([*_jobs(device), *others, *notes]) or "–"
+    jobs = [
+        f"{job.user} {job.job_id}" + (f" on {in_short(cards)}" if len(cards := device.cards_of(job.job_id)) > 1 else "")
+        for job in device.card.running
+    ]
+    return ", ".join([*jobs, *others, *notes]) or "–"

@@ -33,7 +33,10 @@ def import_config(file: Path, output: Path | None, as_json: bool) -> None:
     if as_json or output is None:
         show(imported, as_json, lambda: _job_file(imported, file).removesuffix("\n"))
     if output is not None:
-        _write(output, _job_file(imported, file))
+        try:
+            output.write_text(_job_file(imported, file), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{output} can't be written: {error.strerror}") from error
     if not as_json:
         click.echo(_account(imported, file, output), err=True)
 
@@ -61,10 +64,3 @@ def _account(imported: Imported, file: Path, output: Path | None) -> str:
         lines.append(f"Not needed here: {', '.join(sorted(imported.not_needed))}.")
     lines.append(f"Check it with its data: loractl data check {output or 'job.yaml'}")
     return "\n".join(map(clean_line, lines))
-
-
-def _write(output: Path, text: str) -> None:
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{output} can't be written: {error.strerror}") from error

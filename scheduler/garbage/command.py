@@ -12,7 +12,7 @@ from loractl.common.units import amount
 from loractl.scheduler.cli.output import show
 
 if TYPE_CHECKING:
-    from .cleaner import Cleared, Garbage
+    from .cleaner import Cleared
 
 
 @click.command()
@@ -53,15 +53,10 @@ def gc(keep_last: int | None, older_than: str, jobs: bool, dry_run: bool, force:
     for garbage in cleaner.find() if dry_run else cleaner.remove():
         gone.append(garbage)
         if not as_json:
-            click.echo(_line(garbage))
+            what = f"{garbage.kind.value:<11}  {amount(garbage.size):>9}"
+            click.echo(f"{what}  {clean_line(garbage.name)}  ({clean_line(garbage.why)})")
     cleared = Cleared(dry_run=dry_run, removed=tuple(gone))
     show(cleared, as_json, lambda: _total(cleared))
-
-
-def _line(garbage: Garbage) -> str:
-    """One thing that goes, and why."""
-    what = f"{garbage.kind.value:<11}  {amount(garbage.size):>9}"
-    return f"{what}  {clean_line(garbage.name)}  ({clean_line(garbage.why)})"
 
 
 def _total(cleared: Cleared) -> str:

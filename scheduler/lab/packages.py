@@ -140,7 +140,9 @@ def install_services(box: ServerBox, settings: Settings) -> tuple[Membership, tu
     if not box.take_over:
         _refuse_foreign(_cluster(), queue)
     owner = _owner(_cluster(), settings)
-    _install(queue)
+    wanted = ["postgresql", queue.package, "openssl"]
+    if missing := [name for name in wanted if not _installed(name)]:
+        run("apt-get", "install", "--yes", "--no-install-recommends", *missing, DEBIAN_FRONTEND="noninteractive")
     cluster = _set_up_postgres(box)
     _make_owner(cluster.port, owner, settings.home)
     queue_password = _queue_password(queue) or _kept(settings.redis_url or "", None) or secrets.token_hex(24)
@@ -199,13 +201,6 @@ def _owner(cluster: _Cluster | None, settings: Settings) -> _Owner:
         hint = f"LORACTL_HOME={home} has it" if home else "set LORACTL_HOME to the folder that has it"
         raise WrongState(f"this machine has a lab, and {settings.home} lacks its owner's password", hint)
     return _Owner(password=secrets.token_hex(24), lost=True)
-
-
-def _install(queue: _Queue) -> None:
-    """Install the packages if one is missing."""
-    wanted = ["postgresql", queue.package, "openssl"]
-    if missing := [name for name in wanted if not _installed(name)]:
-        run("apt-get", "install", "--yes", "--no-install-recommends", *missing, DEBIAN_FRONTEND="noninteractive")
 
 
 def _candidate(package: str) -> bool:

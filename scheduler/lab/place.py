@@ -94,7 +94,10 @@ class Place:
         aside = {path: path.with_name(f".{path.name}.new") for path in new}
         try:
             try:
-                self._make_folder()
+                if self.service:
+                    self.folder.mkdir(mode=0o755, exist_ok=True)
+                else:
+                    make_private(self.folder)
                 for path, text in new.items():
                     _write(aside[path], text, 0o600 if path == self.file else 0o644)
             except OSError as error:
@@ -105,13 +108,6 @@ class Place:
         finally:
             for path in aside.values():
                 path.unlink(missing_ok=True)
-
-    def _make_folder(self) -> None:
-        """Only its owner may use a home; the service's user reads certificates in root's folder."""
-        if self.service:
-            self.folder.mkdir(mode=0o755, exist_ok=True)
-        else:
-            make_private(self.folder)
 
     def _text(self) -> str:
         try:

@@ -13,7 +13,6 @@ from loractl.scheduler.cli.screen import detect_screen
 
 if TYPE_CHECKING:
     from loractl.common.job.status import Status
-    from loractl.common.store.store import Store
 
     from .answer import MemoryNeed
 
@@ -39,10 +38,15 @@ def plan(
 
     settings, store = open_session()
     if accuracy:
-        _accuracy(store, as_json)
+        from .answer import plan_accuracy
+        from .text import accuracy_text
+
+        measured = plan_accuracy(store)
+        show(measured, as_json, lambda: accuracy_text(measured, detect_screen()))
         return
     if job is None:
         raise UsageError("plan needs a job file or a job's number", "like loractl plan job.yaml")
+    from loractl.common.units import size_of
     from loractl.scheduler.submit.need import own_devices
 
     from .answer import job_to_plan, memory_need
@@ -52,7 +56,7 @@ def plan(
         if not as_json:
             click.echo("Counting tokens ...", err=True)
 
-    card = _card_size(gpu)
+    card = None if gpu is None else size_of("--gpu", gpu)
     asked = job_to_plan(store, job, overrides, settings.user)
     answer = memory_need(store, asked, card, solve=solve, devices=own_devices(settings), announce=announce)
     show(answer, as_json, lambda: need_text(answer, following(job, answer, solve=solve), detect_screen()))
@@ -82,17 +86,3 @@ def _of_submitted(job: str, status: Status) -> str:
     if status is Status.RUNNING:
         return f"How far it is: loractl status {job}"
     return f"It has ended. One like it: loractl submit --like {job}"
-
-
-def _accuracy(store: Store, as_json: bool) -> None:
-    from .answer import plan_accuracy
-    from .text import accuracy_text
-
-    answer = plan_accuracy(store)
-    show(answer, as_json, lambda: accuracy_text(answer, detect_screen()))
-
-
-def _card_size(text: str | None) -> int | None:
-    from loractl.common.units import size_of
-
-    return None if text is None else size_of("--gpu", text)

@@ -23,8 +23,7 @@ from loractl.scheduler.cli.named import job_named
 from loractl.scheduler.cli.session import open_artifacts, open_session
 from loractl.scheduler.report.answer import EvaluationReport, report
 from loractl.scheduler.status.follow import POLL_S, change_line, is_over
-from loractl.scheduler.status.job import JobState, job_state
-from loractl.scheduler.status.log import job_log
+from loractl.scheduler.status.job import JobState, job_log, job_state
 from loractl.scheduler.submit.admission import queue_all
 from loractl.scheduler.submit.draft import JobDraft
 from loractl.scheduler.submit.preflight import check_addresses

@@ -57,14 +57,15 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str
         f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
         f"{data['truncated_rows']} row{'s' * (data['truncated_rows'] != 1)} truncated, {left_out} left out.{as_rows}",
     )
-    about = (*_measured_before(e), *_cheap(e), *_data_warnings(data))
+    about = [*_measured_before(e), *([clean_line(e["cheap"])] if e.get("cheap") else [])]
+    about += [clean_line(f"Warning of the data: {warning}.") for warning in data.get("warnings", ())]
     lines += ["", *(line for note in (*notes, *about) for line in wrapped(note, "", screen))]
     # what changed comes first: repaired, broken, then the rest
     order = sorted(e["answers"], key=lambda a: (len({*rights(a)}) == 1, not rights(a)[1], a["row"]))
     for answer in order[:answers]:
-        lines += ["", screen.style(f"Row {answer['row']}: ", bold=True) + block(answer["prompt"], screen)]
+        lines += ["", screen.style(f"Row {answer['row']}: ", bold=True) + block(answer["prompt"])]
         for name, text in _side_by_side(answer):
-            lines.append(screen.dim(f"  {name}: ") + block(text or "(nothing)", screen, indent=4))
+            lines.append(screen.dim(f"  {name}: ") + block(text or "(nothing)", indent=4))
     hidden = len(order) - answers
     if hidden > 0:
         more = "1 more answer" if hidden == 1 else f"{hidden} more answers"
@@ -93,16 +94,6 @@ def _measured_before(evaluation: dict[str, Any]) -> list[str]:
         f"The base's figures are those that job {job} measured on this box on {str(at)[:10]}; checked on {again} rows."
     )
     return [clean_line(told)]
-
-
-def _cheap(evaluation: dict[str, Any]) -> list[str]:
-    """With how many examples the base was asked besides. Empty for older reports."""
-    return [clean_line(evaluation["cheap"])] if evaluation.get("cheap") else []
-
-
-def _data_warnings(data: dict[str, Any]) -> list[str]:
-    """What looked wrong with the data before the training."""
-    return [clean_line(f"Warning of the data: {warning}.") for warning in data.get("warnings", ())]
 
 
 def _labels_table(labels: dict[str, Any] | None, screen: Screen) -> list[str]:

@@ -67,7 +67,11 @@ def status(
     elif job is not None:
         _job(store, job_named(store, job), full=full, watch=watch, as_json=as_json)
     elif everything:
-        _all(store, choice, page, as_json=as_json)
+        from .overview import job_list
+        from .overview_text import job_list_text
+
+        answer = job_list(store, choice, page)
+        output.show_page(answer, as_json, lambda: job_list_text(answer, detect_screen()))
     else:
         _overview(settings, store, choice, page, watch=watch, as_json=as_json)
 
@@ -94,14 +98,6 @@ def _job(store: Store, job_id: int, *, full: bool, watch: bool, as_json: bool) -
     output.show(answer, as_json, lambda: job_text(answer, detect_screen(), full=full))
 
 
-def _all(store: Store, choice: Choice, page: Page, *, as_json: bool) -> None:
-    from .overview import job_list
-    from .overview_text import job_list_text
-
-    answer = job_list(store, choice, page)
-    output.show_page(answer, as_json, lambda: job_list_text(answer, detect_screen()))
-
-
 def _overview(settings: Settings, store: Store, choice: Choice, page: Page, *, watch: bool, as_json: bool) -> None:
     from loractl.scheduler.cli.screen import redraw
 
@@ -114,14 +110,10 @@ def _overview(settings: Settings, store: Store, choice: Choice, page: Page, *, w
     if watch:
         redraw(lambda: (overview_text(look(), detect_screen()), True))
     answer, screen = look(), detect_screen()
-    if _asked_for(click.get_current_context()):
+    limit = click.get_current_context().get_parameter_source("limit")
+    if limit is not click.core.ParameterSource.DEFAULT:  # for what a person has asked no terminal is too small
         screen = replace(screen, height=None)
     output.show_page(answer, as_json, lambda: overview_text(answer, screen))
-
-
-def _asked_for(context: click.Context) -> bool:
-    """Whether a person has said how many jobs to list: then no terminal is too small for them."""
-    return context.get_parameter_source("limit") is not click.core.ParameterSource.DEFAULT
 
 
 def _sweep(store: Store, sweep_id: int, *, watch: bool, as_json: bool) -> None:
@@ -152,7 +144,7 @@ def logs(job: str, following: bool, tail: int | None) -> None:
     """Print a job's log."""
     from loractl.scheduler.cli.session import open_artifacts, open_session
 
-    from .log import job_log, log_since
+    from .job import job_log, log_since
 
     settings, store = open_session()
     job_id = job_named(store, job)

@@ -42,15 +42,12 @@ def job_text(answer: JobInFull, screen: Screen, *, full: bool = False) -> str:
     older = len(answer.events) - LAST_EVENTS
     if older > 0 and not full:
         lines.append(screen.dim(f"{older} older: loractl status {job.job_id} --full"))
-    lines += _spec(answer, screen) if full else []
+    if full:
+        import yaml
+
+        spec = yaml.safe_dump(dict(answer.spec), sort_keys=False, allow_unicode=True)
+        lines += ["", screen.dim("spec:"), *map(clean_line, spec.rstrip().split("\n"))]
     return "\n".join([*lines, "", screen.dim(_next_command(job))])
-
-
-def _spec(answer: JobInFull, screen: Screen) -> list[str]:
-    import yaml
-
-    spec = yaml.safe_dump(dict(answer.spec), sort_keys=False, allow_unicode=True)
-    return ["", screen.dim("spec:"), *map(clean_line, spec.rstrip().split("\n"))]
 
 
 def _chain(answer: JobInFull) -> list[str]:

@@ -106,10 +106,6 @@ def _today(overview: Overview, screen: Screen) -> str:
     return f"Today {good} {marks[0]} {bad} {marks[1]} (loractl status -a)."
 
 
-def _more(after: int | None, screen: Screen) -> list[str]:
-    return [] if after is None else [screen.dim(f"More: the same command with --after {after}")]
-
-
 def _next_start(overview: Overview) -> str:
     """Which waiting job starts first, if known."""
     if overview.next_start is None:
@@ -273,7 +269,9 @@ def job_list_text(answer: JobList, screen: Screen) -> str:
     ]
     headers = ["JOB", "NAME", "OWNER", *(["METHOD"] if wide else []), "ENDED", "STATUS", "RESULT"]
     done = next((job.job_id for job in jobs if job.status is Status.SUCCEEDED and job.report_uri), None)
-    lines = wrapped_table(headers, rows, [""] * len(rows), screen, right=("JOB", "ENDED")) + _more(answer.after, screen)
+    lines = wrapped_table(headers, rows, [""] * len(rows), screen, right=("JOB", "ENDED"))
+    if answer.after is not None:
+        lines.append(screen.dim(f"More: the same command with --after {answer.after}"))
     if done is not None:
         lines += ["", screen.dim(f"Its report: loractl report {done}   its adapter: loractl adapters pull {done} DIR")]
     return "\n".join(lines)

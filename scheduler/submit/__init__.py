@@ -1,4 +1,4 @@
 """Checks, plans and queues jobs: loractl submit, and what others queue.
 
-Others use admission, ancestor, data, draft, intake, lengths, need, overflow, preflight.
+Others use admission, ancestor, data, draft, intake, lengths, need, preflight.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from loractl.scheduler.cli.output import hint, warn
 
 from .draft import rows_at_hand
 from .intake import Entry, enqueue_all, plan_all, store_all
-from .overflow import check_overflow, unchecked
+from .lengths import check_overflow, check_used_data, unchecked
 from .preflight import check_model
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ def check_all(
     `store`: None where there is no database yet. `members`: of one sweep; the rows that several have are looked at
     once. Raises LoractlError for what submit refuses.
     """
-    _warn_of_keys(draft.spec for draft in drafts)
+    if any(draft.spec.resources.exclusive for draft in drafts):
+        what = "resources.exclusive has no effect: every job trains in a process of its own"
+        warn([f"Warning: {what}. Remove it; a later version refuses it."])
     looked_at = drafts
     if members:
         rows = {(draft.spec.dataset.model_dump_json(), draft.spec.evaluation.regression): draft for draft in drafts}
@@ -75,19 +77,10 @@ def check_all(
     return planned, doubts
 
 
-def _warn_of_keys(specs: Iterable[JobSpec]) -> None:
-    """Print a warning about a key of these jobs that has no effect any more."""
-    if any(spec.resources.exclusive for spec in specs):
-        what = "resources.exclusive has no effect: every job trains in a process of its own"
-        warn([f"Warning: {what}. Remove it; a later version refuses it."])
-
-
 def _warn_of_data(spec: JobSpec, job_file: Path | None) -> None:
     """Check the job's local data, and print warnings about what looks wrong in them. Raises DataError."""
     from loractl.common.progress import progress_bar
     from loractl.common.text import clean_line
-
-    from .data import check_used_data
 
     with progress_bar() as report:
         findings, note = check_used_data(spec, report)

@@ -72,29 +72,6 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     return findings + about_fields(split.unused) + about_warmup(spec.training, len(split.train))
 
 
-def check_used_data(spec: JobSpec, report: Report = lambda what, done, total: None) -> tuple[list[Finding], str | None]:
-    """As check_data, but only for the rows that on_overflow: drop leaves; a sentence if they are unknown here.
-
-    Raises DataError, also if nothing is left, or nothing would be learned.
-    """
-    from loractl.common.job.sections import Overflow
-
-    from .lengths import used_findings
-
-    findings, note = check_data(spec, report), None
-    if spec.dataset.on_overflow is Overflow.DROP:
-        report("Counting tokens", 0, 1)
-        used = used_findings(spec)
-        if used is None:
-            longer = f"rows of more than {spec.dataset.max_length} tokens"
-            note = f"Note: {longer} will be left out; without a tokenizer here, warnings count them as well."
-        findings = findings if used is None else used
-    for finding in findings:
-        if finding.level == "error":
-            raise DataError(spec.dataset.path, finding.sentence, hint=finding.hint, kind=finding.kind)
-    return findings, note
-
-
 def store_data(
     spec: JobSpec, artifacts: ArtifactStore, known: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:

@@ -36,7 +36,10 @@ def check_base(folder: Path) -> tuple[str, ...]:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights and any(folder.glob("*.gguf")):
         return ()
-    _check_config(folder)
+    if (folder / "config.json").exists():
+        _read_object(folder / "config.json")
+    elif (folder / "adapter_config.json").exists():
+        raise UsageError(f"base_model {folder} holds an adapter", "name the base model itself")
     index = _shards(folder)
     if missing := sorted(index - {file.name for file in weights}) if weights else []:
         raise UsageError(
@@ -64,14 +67,6 @@ def holds_model(folder: Path) -> bool:
     """Whether it has any part of a model, or of an adapter, which is a separate mistake."""
     parts = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.bin")
     return has_tokenizer(folder) or any(path for part in parts for path in folder.glob(part))
-
-
-def _check_config(folder: Path) -> None:
-    """Raises UsageError."""
-    if (folder / "config.json").exists():
-        _read_object(folder / "config.json")
-    elif (folder / "adapter_config.json").exists():
-        raise UsageError(f"base_model {folder} holds an adapter", "name the base model itself")
 
 
 def _shards(folder: Path) -> set[str]:

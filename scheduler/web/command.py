@@ -10,7 +10,7 @@ import click
 from loractl.common.errors import LoractlError, UsageError
 
 if TYPE_CHECKING:
-    from .access import Access
+    from .guard import Access
 
 AT_ONCE = 200
 """Requests answered at a time, beside connections that wait; further ones are asked to come later."""
@@ -39,7 +39,7 @@ def web(host: str, port: int, always: bool, names: tuple[str, ...]) -> None:
     from loractl.common.store.database import connect_to_read
     from loractl.common.store.store import Store
 
-    from .access import access_to
+    from .guard import access_to
     from .pages.shelf import ReportShelf
     from .site import make_site
 
@@ -91,7 +91,7 @@ def _listen(app: Any, host: str, port: int, access: Access) -> None:
 
 
 def _address(host: str, port: str, access: Access) -> str:
-    from .access import is_loopback
+    from .guard import is_loopback
 
     name = "localhost" if is_loopback(host) else host
     if host in ("0.0.0.0", "::"):  # noqa: S104  all addresses: a person opens one of them

@@ -9,8 +9,7 @@ import datetime as dt
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -25,15 +24,14 @@ from prometheus_client.registry import Collector
 
 from loractl import __version__
 from loractl.common.errors import LoractlError
-from loractl.common.job.status import BLAMED, Reason, Status
+from loractl.common.job.status import BLAMED, Reason
 from loractl.common.store.database import REFUSALS
-from loractl.scheduler.fleet.answer import DeviceState, fleet_of
+from loractl.scheduler.fleet.answer import DeviceState, Fleet, fleet_of
 
 if TYPE_CHECKING:
-    from loractl.common.store.records import ChannelTraffic
+    from loractl.common.store.fleet import FleetView
     from loractl.common.store.store import Store
-    from loractl.common.store.tables import Attempt, Job
-    from loractl.scheduler.fleet.answer import DeviceState
+    from loractl.common.store.tables import Attempt
 
 
 MOST_RUNNING = 1000
@@ -41,47 +39,6 @@ MOST_RUNNING = 1000
 
 SETTLED_S = 5.0
 """A transaction commits at most this long after the time that it wrote; younger runs are read next time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabCensus:
-    """The lab at one moment."""
-
-    now: dt.datetime
-    counts: Mapping[tuple[Status, str], int]  # of jobs, by state and why
-    oldest_ready: dt.datetime | None
-    round_at: dt.datetime | None  # when a node last made the round for all
-    devices: Sequence[DeviceState]
-    running: Sequence[tuple[Job, Mapping[str, int]]]  # and the bytes reserved for it, by card
-    traffic: Sequence[ChannelTraffic]  # of messages
-    card_hours: Mapping[str, float]  # of all ended attempts ever, by user
-
-
-def lab_census(store: Store) -> LabCensus:
-    """The lab as it is now."""
-    view = store.cards.fleet()
-    reserved: dict[int, dict[str, int]] = {}
-    for name, card in view.cards.items():
-        for occupant in card.running:
-            reserved.setdefault(occupant.job_id, {})[name] = occupant.reserved
-    return LabCensus(
-        now=view.now,
-        counts=store.jobs.counts(),
-        oldest_ready=store.jobs.oldest_ready(),
-        round_at=view.round_at,
-        devices=fleet_of(view).devices,
-        running=[(job, reserved.get(job.job_id, {})) for job in list(view.running.values())[:MOST_RUNNING]],
-        traffic=store.outbox.traffic(),
-        card_hours=store.usage.card_hours(),
-    )
-
-
-def runs_since(store: Store, since: dt.datetime) -> tuple[Sequence[tuple[Attempt, dt.datetime]], dt.datetime]:
-    """Attempts that began or ended since a moment, each with when its job was submitted; and the moment up to which
-    they are known."""
-    until = max(since, store.now() - dt.timedelta(seconds=SETTLED_S))
-    return store.attempts.runs(since, until), until
-
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -157,11 +114,16 @@ class Exporter(Collector):
     def collect(self) -> Iterable[Metric]:
         """The metrics. Without a database, only that it is down, and what was counted before."""
         started = time.monotonic()
-        families: list[Metric] = [_build()]
+        what = "The version of this server"
+        families: list[Metric] = [InfoMetricFamily("loractl_build", what, {"version": __version__})]
         try:
-            census = lab_census(self._store)
-            self._count(census.now)
-            families += [*_jobs(census), *_cards(census), *_running(census), *_notifications(census), *_usage(census)]
+            view, store = self._store.cards.fleet(), self._store
+            since = self._counted_until or view.now
+            until = max(since, store.now() - dt.timedelta(seconds=SETTLED_S))
+            self._tally.add(store.attempts.runs(since, until), since, until)
+            self._counted_until = until
+            lab = (*_jobs(store), *_cards(fleet_of(view)), *_running(view), *_notifications(store), _usage(store))
+            families += lab
             up = 1
         except (*REFUSALS, LoractlError):
             up = 0
@@ -176,12 +138,6 @@ class Exporter(Collector):
         """None in advance: nothing is read when the exporter is created."""
         return []
 
-    def _count(self, now: dt.datetime) -> None:
-        since = self._counted_until or now
-        runs, until = runs_since(self._store, since)
-        self._tally.add(runs, since, until)
-        self._counted_until = until
-
 
 def _gauge(name: str, what: str, samples: Iterable[tuple[dict[str, str], float]]) -> Metric:
     family = GaugeMetricFamily(name, what)
@@ -190,23 +146,28 @@ def _gauge(name: str, what: str, samples: Iterable[tuple[dict[str, str], float]]
     return family
 
 
-def _build() -> Metric:
-    return InfoMetricFamily("loractl_build", "The version of this server", {"version": __version__})
+def _moment(name: str, what: str, at: dt.datetime | None) -> Metric:
+    return _gauge(name, what, [] if at is None else [({}, at.timestamp())])
 
 
-def _jobs(census: LabCensus) -> Iterator[Metric]:
-    counts = [({"state": state.value, "reason": why}, float(many)) for (state, why), many in census.counts.items()]
+def _counter(name: str, what: str, labels: Sequence[str], counts: Iterable[tuple[Sequence[str], float]]) -> Metric:
+    family = CounterMetricFamily(name, what, labels=labels)
+    for values, count in counts:
+        family.add_metric(values, count)
+    return family
+
+
+def _jobs(store: Store) -> Iterator[Metric]:
+    known = store.jobs.counts().items()
+    counts = [({"state": state.value, "reason": why}, float(many)) for (state, why), many in known]
     what = "Jobs by state; reason: why one ended, the stage of a running one, held, retry or ready of a waiting one"
     yield _gauge("loractl_jobs", what, counts)
-    oldest: list[tuple[dict[str, str], float]] = (
-        [] if census.oldest_ready is None else [({}, census.oldest_ready.timestamp())]
-    )
     what = "When the oldest job that could start now was submitted; absent if none waits"
-    yield _gauge("loractl_oldest_ready_job_timestamp_seconds", what, oldest)
+    yield _moment("loractl_oldest_ready_job_timestamp_seconds", what, store.jobs.oldest_ready())
 
 
-def _cards(census: LabCensus) -> Iterator[Metric]:
-    devices = [(device, {"host": device.row.host, "card": device.row.node}) for device in census.devices]
+def _cards(fleet: Fleet) -> Iterator[Metric]:
+    devices = [(device, {"host": device.row.host, "card": device.row.node}) for device in fleet.devices]
     what = "Bytes of each card by use: jobs, outside, margin, free; together they are the card"
     yield _gauge(
         "loractl_card_bytes",
@@ -219,10 +180,8 @@ def _cards(census: LabCensus) -> Iterator[Metric]:
     yield _gauge("loractl_card_drained", "Whether the card is drained: 1, or 0", drained)
     seen = [(labels, device.row.seen_at.timestamp()) for device, labels in devices]
     yield _gauge("loractl_card_seen_timestamp_seconds", "When the card's worker last wrote its row", seen)
-    rounds: list[tuple[dict[str, str], float]] = [({}, at.timestamp()) for at in (census.round_at,) if at is not None]
-    yield _gauge(
-        "loractl_fleet_round_timestamp_seconds", "When a worker last ran the fleet's round, which ends leases", rounds
-    )
+    what = "When a worker last ran the fleet's round, which ends leases"
+    yield _moment("loractl_fleet_round_timestamp_seconds", what, fleet.round_at)
     load = [(labels, device.row.load / 100) for device, labels in devices if device.row.load is not None]
     yield _gauge("loractl_card_load_ratio", "How busy the card is, 0 to 1", load)
     warm = [(labels, float(d.row.temperature)) for d, labels in devices if d.row.temperature is not None]
@@ -243,16 +202,15 @@ def card_uses(device: DeviceState) -> dict[str, float]:
     return {**uses, "free": float(left)}
 
 
-def _usage(census: LabCensus) -> Iterator[Metric]:
+def _usage(store: Store) -> Metric:
     what = "Hours of whole cards that each user's ended attempts had"
-    used = CounterMetricFamily("loractl_card_hours", what, labels=["user"])
-    for user, hours in census.card_hours.items():
-        used.add_metric([user], hours)
-    yield used
+    used = [((user,), hours) for user, hours in store.usage.card_hours().items()]
+    return _counter("loractl_card_hours", what, ["user"], used)
 
 
-def _running(census: LabCensus) -> Iterator[Metric]:
-    jobs = [(job, {"job_id": str(job.job_id), "card": job.node or ""}) for job, _ in census.running]
+def _running(view: FleetView) -> Iterator[Metric]:
+    shown = list(view.running.values())[:MOST_RUNNING]
+    jobs = [(job, {"job_id": str(job.job_id), "card": job.node or ""}) for job in shown]
     progress = [(on, job.step / job.total_steps) for job, on in jobs if job.step is not None and job.total_steps]
     what = "How far a running job is, 0 to 1; one series a job, with its first card if it has several"
     yield _gauge("loractl_job_progress_ratio", what, progress)
@@ -260,37 +218,36 @@ def _running(census: LabCensus) -> Iterator[Metric]:
     what = "When a running job's lease ends unless its worker says something before; one series a job, as its progress"
     yield _gauge("loractl_job_lease_end_timestamp_seconds", what, leases)
     parts = [
-        ({"job_id": str(job.job_id), "host": card.rpartition(":")[0], "card": card}, float(size))
-        for job, reserved in census.running
-        for card, size in reserved.items()
+        ({"job_id": str(occupant.job_id), "host": card.host, "card": card.node}, float(occupant.reserved))
+        for card in view.cards.values()
+        for occupant in card.running
+        if occupant.job_id in {job.job_id for job in shown}
     ]
     what = "Bytes that a running job's plan reserves of a card; one series for each card of a job on several"
     yield _gauge("loractl_job_reserved_bytes", what, parts)
 
 
-def _notifications(census: LabCensus) -> Iterator[Metric]:
+def _notifications(store: Store) -> Iterator[Metric]:
+    traffic = store.outbox.traffic()
     states = [
         ({"channel": each.channel, "state": state}, float(count))
-        for each in census.traffic
+        for each in traffic
         for state, count in (("waiting", each.waiting), ("sent", each.sent), ("given_up", each.given_up))
     ]
     yield _gauge("loractl_notifications", "Messages that are due now, and those sent or given up within a day", states)
-    oldest = [({"channel": each.channel}, each.oldest.timestamp()) for each in census.traffic if each.oldest]
+    oldest = [({"channel": each.channel}, each.oldest.timestamp()) for each in traffic if each.oldest]
     what = "When the oldest message that waits was written; absent if none waits"
     yield _gauge("loractl_oldest_notification_timestamp_seconds", what, oldest)
 
 
 def _counted(tally: Tally) -> Iterator[Metric]:
     since = "since this server began"
-    attempts = CounterMetricFamily("loractl_attempts", f"Attempts that ended {since}, by reason", labels=["reason"])
-    for reason, count in sorted(tally.outcomes.items()):
-        attempts.add_metric([reason], count)
-    yield attempts
+    ended = [((reason,), count) for reason, count in sorted(tally.outcomes.items())]
+    yield _counter("loractl_attempts", f"Attempts that ended {since}, by reason", ["reason"], ended)
     what = f"Attempts that ended {since} for a reason that blames the card or its box"
-    failed = CounterMetricFamily("loractl_card_failures", what, labels=["host", "card", "reason"])
-    for (node, reason), count in sorted(tally.card_failures.items()):
-        failed.add_metric([node.rpartition(":")[0], node, reason], count)
-    yield failed
+    blamed = sorted(tally.card_failures.items())
+    failed = [((node.rpartition(":")[0], node, reason), count) for (node, reason), count in blamed]
+    yield _counter("loractl_card_failures", what, ["host", "card", "reason"], failed)
     yield _histogram(
         "loractl_queue_wait_seconds", f"From submission to the first start, of jobs that started {since}", tally.waits
     )

@@ -34,7 +34,7 @@ from .pages.pages import PARAMETERS, Asked, Drawn, Pages, number_of
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
 
-    from .access import Access
+    from .guard import Access
     from .pages.shelf import ReportShelf
 
 log = logging.getLogger("loractl")
@@ -106,7 +106,8 @@ class Site:
             main = render(drawn.template, **drawn.values)
         except Exception as error:  # noqa: BLE001  a page says what happened, whatever it was; the log has the rest
             sentence, hint, status = _told(error)
-            drawn = _page_of(sentence, hint)
+            told = {"sentence": sentence, "hint": hint}
+            drawn = Drawn(template="error.jinja", title="Not here", section="", values=told)
             main = render(drawn.template, **drawn.values)
         body = render("page.jinja", main=main, title=drawn.title, section=drawn.section, version=__version__)
         # the tag depends only on the content: the clock in the page's head would make each page new
@@ -218,7 +219,8 @@ _MISSING = (NoSuchPage, JobNotFound, SweepNotFound, AdapterNotFound)
 def _told(error: Exception) -> tuple[str, str | None, int]:
     """An error's message, what helps, and the HTTP status."""
     if isinstance(error, LoractlError):
-        return error.sentence, error.hint, _status(error)
+        status = 404 if isinstance(error, _MISSING) else 400 if isinstance(error, UsageError) else 503
+        return error.sentence, error.hint, status
     if isinstance(error, REFUSALS):
         return _of_database(error)
     log.error("a page could not be drawn", exc_info=error)
@@ -236,12 +238,3 @@ def _of_database(error: Exception) -> tuple[str, str | None, int]:
         return _FAULT
     log.warning("the database did not answer: %s", told_by(error))
     return _AWAY
-
-
-def _page_of(sentence: str, hint: str | None) -> Drawn:
-    """The same as a page."""
-    return Drawn(template="error.jinja", title="Not here", section="", values={"sentence": sentence, "hint": hint})
-
-
-def _status(error: LoractlError) -> int:
-    return 404 if isinstance(error, _MISSING) else 400 if isinstance(error, UsageError) else 503

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 def why_text(answer: Why | NotWaiting, screen: Screen) -> str:
     """Why a job waits, or a sentence that it does not."""
     if isinstance(answer, NotWaiting):
-        return _not_waiting(answer)
+        job = answer.job
+        trouble = f", its card is {answer.trouble}" if answer.trouble else ""
+        place = clean_line(f" on {job.where}{trouble}" if job.status is Status.RUNNING else f": {job.message}")
+        return f"Job {job.job_id} does not wait: it {job.status.in_words}{place}. More: loractl status {job.job_id}"
     job, wait = answer.job, answer.wait
     lines = wrapped(f"{job.job_id} {job.name} waits for {_asked(answer)}.", f"{job.job_id} {job.name}", screen)
     lines += wrapped(f"Reason: {wait.word}, {wait.sentence}.", wait.word, screen)
@@ -43,13 +46,6 @@ def _asked(answer: Why) -> str:
     if cards > 1:
         return f"{cards} cards of one box" if size is None else f"{gib(size)} GiB on each of {cards} cards of one box"
     return "a card of its own" if size is None else f"{gib(size)} GiB on one card"
-
-
-def _not_waiting(answer: NotWaiting) -> str:
-    job = answer.job
-    trouble = f", its card is {answer.trouble}" if answer.trouble else ""
-    place = clean_line(f" on {job.where}{trouble}" if job.status is Status.RUNNING else f": {job.message}")
-    return f"Job {job.job_id} does not wait: it {job.status.in_words}{place}. More: loractl status {job.job_id}"
 
 
 def _start(answer: Why, screen: Screen) -> list[str]:

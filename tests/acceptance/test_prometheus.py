@@ -23,7 +23,7 @@ from loractl.common.artifacts import ArtifactStore
 from loractl.common.store.database import make_engine
 from loractl.common.store.store import Store
 from loractl.scheduler.web import metrics
-from loractl.scheduler.web.access import Access
+from loractl.scheduler.web.guard import Access
 from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import make_site
 

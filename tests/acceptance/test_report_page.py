@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from loractl.common.errors import ArtifactError, ExitCode
-from loractl.scheduler.report.page import POLICY, guarded
+from loractl.scheduler.report.answer import POLICY, guarded
 from loractl.worker.evaluation.report import render_html
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -198,7 +198,7 @@ def test_a_page_of_loractl_is_handed_out_whole_behind_a_policy() -> None:
 def test_in_a_forged_page_behind_the_policy_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The policy alone holds it, should the check ever miss something."""
     page = tmp_path / "report.html"
-    monkeypatch.setattr("loractl.scheduler.report.page._PageReader.feed", lambda self, text: None)
+    monkeypatch.setattr("loractl.scheduler.report.answer._PageReader.feed", lambda self, text: None)
     page.write_bytes(guarded(f"<html><head><title>report</title></head><body>{''.join(FORGED)}".encode(), 7))
     assert "<title>report</title>" in _chromium(tmp_path, "--dump-dom", "--virtual-time-budget=2000", page.as_uri())
 

@@ -12,8 +12,7 @@ import pytest
 
 from loractl.common.adapter_config import CONFIG
 from loractl.common.errors import UsageError
-from loractl.scheduler.adapters.llama_cpp import write_gguf
-from loractl.scheduler.adapters.vllm import vllm_command
+from loractl.scheduler.adapters.runtimes import vllm_command, write_gguf
 
 
 def make_adapter(folder: Path, kind: str, **lora: Any) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from loractl.scheduler.adapters import llama_cpp
-from loractl.scheduler.adapters.llama_cpp import ARCHITECTURES, write_gguf
+from loractl.scheduler.adapters.runtimes import ARCHITECTURES, write_gguf
 
 from .test_adapter_forms import make_adapter
 

@@ -32,7 +32,7 @@ from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 from loractl.scheduler.change.amendment import amendment
 from loractl.scheduler.lab.health.services import see_logins
-from loractl.scheduler.web.access import Access
+from loractl.scheduler.web.guard import Access
 from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import make_site
 

@@ -67,7 +67,7 @@ def diagnose(patience_s: float = PATIENCE_S, names: Collection[str] = ()) -> Dia
     found = [fine("settings", f"{settings.home}, as {settings.user}")]
     for check in checks:
         if check.needs is not None:
-            if not _passed(found, check.needs):
+            if not all(c.level in (Level.OK, Level.WARNING) for c in found if c.check == check.needs):
                 found.append(skipped(check.name, f"not checked without the {check.needs}"))
                 continue
             runs[check.name] = _Run(check, settings, patience_s)
@@ -86,10 +86,6 @@ def _chosen(names: Collection[str]) -> tuple[Check, ...]:
         if check.name in wanted and check.needs is not None:
             wanted.add(check.needs)
     return tuple(check for check in CHECKS if check.name in wanted)
-
-
-def _passed(found: Iterable[Condition], name: str) -> bool:
-    return all(c.level in (Level.OK, Level.WARNING) for c in found if c.check == name)
 
 
 class _Run:

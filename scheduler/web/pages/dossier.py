@@ -1,4 +1,4 @@
-"""All that is known about one job, for its page."""
+"""All that is known about one job, for its page, with the course of its loss by attempt and the steps repeated."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import datetime as dt
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from loractl.common.errors import LoractlError, SweepNotFound
-from loractl.common.job.status import STOPPED, Status
+from loractl.common.job.status import STOPPED, Reason, Status
 from loractl.common.store.tables import Event
 from loractl.scheduler.compare.answer import flat_settings
 from loractl.scheduler.status.job import JobHistory, JobState, job_history, trouble_on
@@ -17,11 +17,12 @@ from loractl.scheduler.wait.cards import SILENT_S, silent_s
 from loractl.scheduler.wait.gangs import in_words
 from loractl.scheduler.why.answer import Why, why
 
-from .course import JobCourse, job_course
 from .measures import ReportDigest, digest
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
+    from loractl.common.store.tables import Attempt, MetricPoint
+    from loractl.scheduler.status.job import PastAttempt
 
     from .shelf import ReportShelf
 
@@ -85,12 +86,8 @@ class JobDossier:
     @property
     def waited_s(self) -> float:
         """Seconds until the first start, or until now."""
-        first = self.history.attempts[0].row.started_at if self.history.attempts else self._waits_until
-        return max(0.0, (first - self.waits_from).total_seconds())
-
-    @property
-    def _waits_until(self) -> dt.datetime:
-        return self.job.ended_at or self.history.now
+        attempts, until = self.history.attempts, self.job.ended_at or self.history.now
+        return max(0.0, ((attempts[0].row.started_at if attempts else until) - self.waits_from).total_seconds())
 
 
 def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
@@ -102,6 +99,7 @@ def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
     known = {node.node: node.total for node in store.cards.nodes()}
     varied, sweep_name = _of_sweep(store, row.sweep_id)
     report, missing = _report(shelf, history.job, row.manifest_sha256)
+    log_end = "".join(chunk.text for chunk in store.jobs.log_end(job_id, LOG_CHUNKS))
     return JobDossier(
         history=history,
         waits_from=row.waits_from,
@@ -114,7 +112,7 @@ def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
         sweep_name=sweep_name,
         report=report,
         report_missing=missing,
-        log_end=_end("".join(chunk.text for chunk in store.jobs.log_end(job_id, LOG_CHUNKS))),
+        log_end="\n".join(log_end.splitlines()[-LOG_LINES:]),
         followers=tuple(store.jobs.followers(job_id)),
         card_bytes={a.row.attempt: known[a.row.node] for a in history.attempts if a.row.node in known},
     )
@@ -169,5 +167,72 @@ def _report(shelf: ReportShelf, job: JobState, stamp: str | None) -> tuple[Repor
         return None, error.sentence
 
 
-def _end(text: str) -> str:
-    return "\n".join(text.splitlines()[-LOG_LINES:])
+MOST_POINTS = 600
+"""Points of a line on a job's page: more than a screen can show."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptSpan:
+    """The steps that an attempt took."""
+
+    attempt: int
+    place: str  # its cards, as short as possible
+    first: int
+    last: int
+    repeated: int  # steps at its end that the next attempt took again
+    tone: Literal["good", "bad", "on", ""]  # on: it runs; empty: somebody stopped it
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobCourse:
+    """The losses of a job over its steps. Thinned if there are very many."""
+
+    runs: tuple[tuple[tuple[int, float], ...], ...]  # step and training loss, by attempt
+    held_out: tuple[tuple[int, float], ...]
+    spans: tuple[AttemptSpan, ...]
+
+    @property
+    def last(self) -> tuple[int, float] | None:
+        """The last step whose training loss was logged, and that loss."""
+        return self.runs[-1][-1] if self.runs else None
+
+    @property
+    def repeated_steps(self) -> int:
+        return sum(span.repeated for span in self.spans)
+
+
+def job_course(store: Store, job_id: int, attempts: Sequence[PastAttempt]) -> JobCourse:
+    """The course so far."""
+    points = store.jobs.thinned([job_id], "loss", MOST_POINTS)
+    by_attempt = {number: list(run) for number, run in itertools.groupby(points, lambda point: point.attempt)}
+    held_out = {point.step: point.value for point in store.jobs.thinned([job_id], "eval_loss", MOST_POINTS)}
+    return JobCourse(
+        runs=tuple(tuple((p.step, p.value) for p in run) for run in by_attempt.values()),
+        held_out=tuple(sorted(held_out.items())),
+        spans=tuple(_spans(by_attempt, attempts)),
+    )
+
+
+def _spans(by_attempt: dict[int, list[MetricPoint]], attempts: Sequence[PastAttempt]) -> list[AttemptSpan]:
+    trained = [attempt for attempt in attempts if attempt.row.attempt in by_attempt]
+    spans = []
+    for this, following in itertools.zip_longest(trained, trained[1:]):
+        run = by_attempt[this.row.attempt]
+        again = run[-1].step if following is None else (following.row.resumed_from_step or 0)
+        spans.append(
+            AttemptSpan(
+                attempt=this.row.attempt,
+                place=this.place,
+                first=this.row.resumed_from_step or 0,
+                last=run[-1].step,
+                repeated=max(0, run[-1].step - again),
+                tone=_tone(this.row),
+            )
+        )
+    return spans
+
+
+def _tone(attempt: Attempt) -> Literal["good", "bad", "on", ""]:
+    if attempt.ended_at is None:
+        return "on"
+    return "good" if attempt.reason is Reason.OK else "" if attempt.reason in STOPPED else "bad"

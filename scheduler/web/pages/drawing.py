@@ -12,7 +12,7 @@ from loractl.common.chart import Axes, axes_of, finite, loss_chart
 if TYPE_CHECKING:
     from loractl.scheduler.fleet.answer import DeviceState
 
-    from .course import JobCourse
+    from .dossier import JobCourse
 
 
 @dataclass(frozen=True, kw_only=True)

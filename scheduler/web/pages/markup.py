@@ -61,49 +61,8 @@ def _finalize(value: Any) -> Any:
     return "" if value is None else value
 
 
-def _setting(value: Any) -> str:
-    """A value of a job file on one line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _model(name: str) -> str:
-    """The last part of a model's name or folder."""
-    return name.rstrip("/").rpartition("/")[2] or name
-
-
-def _method(name: str | None) -> str:
-    return {"lora": "LoRA", "qlora": "QLoRA"}.get(name or "", name or "")
-
-
 _NONE = Markup('<span class="none">–</span>')
-
-
-def _or_none(text: str) -> str:
-    """A value for a cell; a dash for a missing one is marked, and left out on a narrow screen."""
-    return _NONE if text == "–" else text
-
-
-def _later(now: dt.datetime, seconds: float) -> dt.datetime:
-    return now + dt.timedelta(seconds=seconds)
-
-
-def _hours(hours: float, digits: int = 1) -> str:
-    """Hours for a column: 0.3, 1 045.2."""
-    return f"{hours:,.{digits}f}".replace(",", " ")
-
-
-def _arrows(text: str) -> str:
-    """A stored sentence with an arrow in place of a terminal's."""
-    return text.replace(" -> ", " → ")
-
-
-def _counted(number: int, thing: str) -> str:
-    """1 step, 1 584 steps."""
-    return f"{thousands(number)} {thing}{'' if number == 1 else 's'}"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * min(1.0, max(0.0, share)):.0f} %"
+"""A dash for a missing value: left out on a narrow screen."""
 
 
 def _upper_first(text: str) -> str:
@@ -124,8 +83,15 @@ def _program(process: Mapping[str, Any]) -> str:
 
 
 _FILTERS: dict[str, Callable[..., Any]] = {
-    "amount": amount, "arrows": _arrows, "clock": clock, "counted": _counted, "duration": duration, "gib": gib,
-    "hours": _hours, "in_words": in_words, "later": _later, "method": _method, "model": _model, "number": number,
-    "or_none": _or_none, "owner": _owner, "percent": _percent, "program": _program, "setting": _setting,
-    "signed": signed, "thousands": thousands, "upper_first": _upper_first,
+    "amount": amount, "clock": clock, "duration": duration, "gib": gib, "in_words": in_words, "number": number,
+    "owner": _owner, "program": _program, "signed": signed, "thousands": thousands, "upper_first": _upper_first,
+    "arrows": lambda text: text.replace(" -> ", " → "),  # a stored sentence has a terminal's
+    "counted": lambda number, thing: f"{thousands(number)} {thing}{'' if number == 1 else 's'}",  # 1 step, 1 584 steps
+    "hours": lambda hours, digits=1: f"{hours:,.{digits}f}".replace(",", " "),  # 0.3, 1 045.2
+    "later": lambda now, seconds: now + dt.timedelta(seconds=seconds),
+    "method": lambda name: {"lora": "LoRA", "qlora": "QLoRA"}.get(name or "", name or ""),
+    "model": lambda name: name.rstrip("/").rpartition("/")[2] or name,  # the last part of its name or folder
+    "or_none": lambda text: _NONE if text == "–" else text,
+    "percent": lambda share: "" if share is None else f"{100 * min(1.0, max(0.0, share)):.0f} %",
+    "setting": lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
 }  # fmt: skip

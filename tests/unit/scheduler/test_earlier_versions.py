@@ -22,7 +22,7 @@ from loractl.scheduler.reproduce.answer import repetition
 from loractl.scheduler.reproduce.sameness import sameness
 from loractl.scheduler.status.job import job_in_full
 from loractl.scheduler.status.job_text import job_text
-from loractl.scheduler.web.access import Access
+from loractl.scheduler.web.guard import Access
 from loractl.scheduler.web.site import make_site
 
 from ... import webs

@@ -28,7 +28,7 @@ from loractl.scheduler.status.overview import job_list, overview
 from loractl.scheduler.status.overview_text import job_list_text, overview_text
 from loractl.scheduler.status.standing import sweep_standing
 from loractl.scheduler.status.standing_text import opened
-from loractl.scheduler.web.access import Access
+from loractl.scheduler.web.guard import Access
 from loractl.scheduler.web.metrics import Exporter
 from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import make_site

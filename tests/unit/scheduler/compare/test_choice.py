@@ -8,7 +8,7 @@ import pytest
 
 from loractl.common.verdict import MeasuredChange
 from loractl.scheduler.compare.answer import FinishedJob, compared
-from loractl.scheduler.compare.choice import corrected
+from loractl.scheduler.compare.winner import corrected
 
 from .test_answer import BASE, TOKENS, job
 

@@ -21,8 +21,8 @@ from loractl.scheduler.lab.addresses import (
     refuse_another_store,
     urls_with_certificates,
 )
+from loractl.scheduler.lab.join import unit_text
 from loractl.scheduler.lab.place import Membership, Place
-from loractl.scheduler.lab.unit import unit_text
 
 KEYS = S3Keys(access_key="loractl", secret_key="s3-secret", endpoint_url="http://10.0.0.5:7070", region="us-east-1")
 

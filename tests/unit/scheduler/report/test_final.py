@@ -27,7 +27,7 @@ from loractl.scheduler.report.text import report_text
 from loractl.scheduler.reproduce.sameness import sameness
 from loractl.scheduler.status.job import job_history
 from loractl.scheduler.status.standing import sweep_standing
-from loractl.scheduler.web.access import Access
+from loractl.scheduler.web.guard import Access
 from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import make_site
 

@@ -11,8 +11,9 @@ import pytest
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import DataError
 from loractl.common.store.store import Store
-from loractl.scheduler.submit.data import check_data, check_used_data, counted_data, store_data
+from loractl.scheduler.submit.data import check_data, counted_data, store_data
 from loractl.scheduler.submit.draft import like_job, rows_at_hand
+from loractl.scheduler.submit.lengths import check_used_data
 
 from ....databases import SQLITE_ALONE
 from ...factories import spec, submission

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from loractl.common.job.spec import JobSpec
-from loractl.scheduler.submit.overflow import MARKS, check_overflow, may_fill_a_row
+from loractl.scheduler.submit.lengths import MARKS, check_overflow, may_fill_a_row
 
 LENGTH = 200
 """dataset.max_length."""

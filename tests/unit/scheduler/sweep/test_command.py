@@ -15,7 +15,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.scheduler.change.command import cancel
 from loractl.scheduler.compare.command import compare
 from loractl.scheduler.status.command import status
-from loractl.scheduler.submit import data, intake
+from loractl.scheduler.submit import admission, intake
 from loractl.scheduler.sweep.answer import numbered
 from loractl.scheduler.sweep.command import sweep
 
@@ -177,7 +177,7 @@ def test_the_rows_of_all_members_are_looked_at_hashed_and_stored_once(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    for module, name in ((data, "check_used_data"), (intake, "stored_hashes"), (intake, "store_data")):
+    for module, name in ((admission, "check_used_data"), (intake, "stored_hashes"), (intake, "store_data")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, name=name: asked.append(name) or real(*a))
     assert call(job, RATES, "lora.r=4,8", home=tmp_path / "home").exit_code == 0

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.errors import ExitCode, UsageError
-from loractl.scheduler.sweep.grid import points, read_grid
+from loractl.scheduler.sweep.answer import points, read_grid
 
 
 def drawn(*settings: str, trials: int, seed: int = 0) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from sqlalchemy import text
 from starlette.testclient import TestClient
 
 from loractl.common.store.database import make_engine
-from loractl.scheduler.web.access import Access
+from loractl.scheduler.web.guard import Access
 from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import make_site
 

@@ -20,8 +20,7 @@ from loractl.common.store.database import connect_to_read, make_engine
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base
 from loractl.scheduler.cli.main import cli
-from loractl.scheduler.web.access import Access, access_to, home_token
-from loractl.scheduler.web.guard import COOKIE
+from loractl.scheduler.web.guard import COOKIE, Access, access_to, home_token
 
 from ...factories import node_state, submission
 from .conftest import PAGES, Web, serve

@@ -1,6 +1,7 @@
-"""A pulled adapter as a LoRA GGUF, which llama.cpp and ollama load on their GGUF of the base.
+"""A pulled adapter for other programs: a LoRA GGUF, which llama.cpp and ollama load on their GGUF of the base, and the
+command that serves it with vLLM.
 
-The format is that of llama.cpp's convert_lora_to_gguf.py: https://github.com/ggml-org/llama.cpp
+The format of the GGUF is that of llama.cpp's convert_lora_to_gguf.py: https://github.com/ggml-org/llama.cpp
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.adapter_config import CONFIG
+from loractl.common.adapter_config import CONFIG, VLLM_RANKS
 from loractl.common.artifacts import WEIGHTS
 from loractl.common.errors import UsageError
 from loractl.common.memory.config import find_config
@@ -47,7 +50,11 @@ def write_gguf(folder: Path, base_model: str, revision: str | None) -> Path:
     Raises UsageError for an adapter that the format can't hold, and where the base's config.json or a library lacks.
     """
     adapter: dict[str, Any] = json.loads((folder / CONFIG).read_text("utf-8"))
-    base = _base_config(base_model, revision)
+    path = find_config(base_model, revision)
+    if path is None:
+        what = f"--gguf needs config.json of {base_model}, which is not on this machine"
+        raise UsageError(what, "copy it here first")
+    base: dict[str, Any] = json.loads(path.read_text("utf-8"))
     architecture = ARCHITECTURES.get(str(base.get("model_type")))
     if architecture is None:
         names = ", ".join(ARCHITECTURES)
@@ -62,7 +69,8 @@ def write_gguf(folder: Path, base_model: str, revision: str | None) -> Path:
         raise UsageError("--gguf needs the package gguf, which is not installed", "pip install gguf") from error
     heads = int(base["num_attention_heads"])
     rows = {"q_proj": heads, "k_proj": int(base.get("num_key_value_heads") or heads)}
-    tensors = gguf.get_tensor_name_map(_number_of(gguf, architecture), int(base["num_hidden_layers"]))
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    tensors = gguf.get_tensor_name_map(number, int(base["num_hidden_layers"]))
     writer = gguf.GGUFWriter(folder / FILE, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -85,20 +93,6 @@ def write_gguf(folder: Path, base_model: str, revision: str | None) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return folder / FILE
-
-
-def _base_config(base_model: str, revision: str | None) -> dict[str, Any]:
-    path = find_config(base_model, revision)
-    if path is None:
-        raise UsageError(
-            f"--gguf needs config.json of {base_model}, which is not on this machine", "copy it here first"
-        )
-    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return config
-
-
-def _number_of(gguf: Any, architecture: str) -> Any:
-    return next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
 
 
 def _tensors(file: Path) -> dict[str, ndarray[Any, Any]]:
@@ -125,3 +119,30 @@ def _in_its_order(weights: ndarray[Any, Any], heads: int) -> ndarray[Any, Any]:
     """Rows of q or k as llama.cpp's GGUF of a Llama has them: the two halves that rotate together are interleaved."""
     half = weights.shape[0] // heads // 2
     return weights.reshape(heads, 2, half, -1).swapaxes(1, 2).reshape(weights.shape)
+
+
+WHOLE = "loractl adapters merge writes a whole model"
+
+
+def vllm_command(folders: Mapping[str, Path], base_model: str, revision: str | None) -> str:
+    """`vllm serve` for the adapters in these folders, by name. Raises UsageError for one that vLLM refuses."""
+    rank, template = 1, None
+    for name, folder in folders.items():
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
+        if config.get("task_type") not in ("CAUSAL_LM", None):
+            raise UsageError(f"vLLM serves no classifier from an adapter: {name}", "loractl predict labels rows")
+        what = next((key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)), None)
+        if what is not None:
+            raise UsageError(f"vLLM refuses adapters with {what}: {name}", WHOLE)
+        rank = max(rank, config["r"], *(config.get("rank_pattern") or {}).values())
+        if (folder / "chat_template.jinja").is_file():
+            template = folder / "chat_template.jinja"
+    if rank > VLLM_RANKS[-1]:
+        raise UsageError(f"vLLM takes ranks up to {VLLM_RANKS[-1]}, not {rank}", WHOLE)
+    words = ["vllm", "serve", base_model, *(["--revision", revision] if revision else [])]
+    # With all slots full, requests to the bare base were answered with an adapter: vllm-project/vllm#48421.
+    words += ["--enable-lora", "--max-loras", str(len(folders) + 1)]
+    words += ["--max-lora-rank", str(next(one for one in VLLM_RANKS if one >= rank))]
+    words += ["--chat-template", str(template.absolute())] if template else []
+    words += ["--lora-modules", *(f"{name}={folder.absolute()}" for name, folder in folders.items())]
+    return shlex.join(words)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from loractl.common.errors import SpecError, UsageError
-from loractl.common.job.amendment import WHILE_IT_RUNS, Amended, Standing, changes
 from loractl.common.job.file import amended_spec
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec, spec_keys
+from loractl.scheduler.change.amendment import WHILE_IT_RUNS, Amended, Standing, changes
 
+from ...common.job.test_identity import OTHERWISE
 from ...factories import spec
-from .test_identity import OTHERWISE
 
 FREE = {
     "name", "labels", "priority", "preemptible", "max_retries", "lora_patience", "training.report_to", "method",
