@@ -35,8 +35,7 @@ from loractl.common.job.spec import JobSpec  # noqa: E402
 from loractl.common.job.status import OUTCOMES  # noqa: E402
 from loractl.common.placement.preemption import first_stop  # noqa: E402
 from loractl.common.placement.rule import place  # noqa: E402
-from loractl.common.store.store import Store  # noqa: E402
-from loractl.common.store.verbs import Subject  # noqa: E402
+from loractl.common.store.store import Store, Subject  # noqa: E402
 from loractl.scheduler.cli.main import SECTIONS, cli  # noqa: E402
 from tests import json_page  # noqa: E402
 from tests.fields_table import lines as fields  # noqa: E402

@@ -21,8 +21,7 @@ from loractl.common.placement.gangs import GangShare
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.preemption import Preemption
 from loractl.common.placement.rule import Placement
-from loractl.common.store.store import Store
-from loractl.common.store.verbs import Subject
+from loractl.common.store.store import Store, Subject
 from loractl.scheduler.cli.main import COMMANDS, cli
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Stored adapters: the one that a person means, and its tags."""
+"""Stored results: the adapter that a person means, its tags, and the looks at what was measured on final rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from loractl.common.job.status import Status
 
 from ..columns import part_of
 from ..records import Page
-from ..tables import Adapter, Job, Tag
+from ..tables import (
+    Adapter,
+    FinalLook,
+    Job,
+    Tag,
+)
 from ..transaction import Transaction
 from .jobs import read_job
 from .lab_settings import refuse_stranger
@@ -154,3 +159,20 @@ def is_begun_from() -> ColumnElement[bool]:
 def is_tagged() -> ColumnElement[bool]:
     """Whether somebody has tagged a job's adapter: then its files are kept."""
     return exists().where(Tag.job_id == Job.job_id)
+
+
+def look(tx: Transaction, job_id: int, rows_sha256: str, user: str) -> int:
+    """Write one down; returns its number. Raises JobNotFound."""
+    sweep_id = read_job(tx, job_id).sweep_id
+    if tx.has_functions:
+        look_id: int = tx.session.scalars(select(func.loractl_look(job_id, rows_sha256, user, tx.now()))).one()
+        return look_id
+    mine = FinalLook(job_id=job_id, sweep_id=sweep_id, rows_sha256=rows_sha256, user=user, at=tx.now())
+    tx.session.add(mine)
+    tx.session.flush()
+    return mine.look_id
+
+
+def looks(rows_sha256: str) -> Select[FinalLook]:
+    """All looks at what was measured on these final rows, in their order."""
+    return select(FinalLook).where(FinalLook.rows_sha256 == rows_sha256).order_by(FinalLook.look_id)

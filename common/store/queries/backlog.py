@@ -1,21 +1,24 @@
-"""The backlog: in which line a waiting job is, and which could start now."""
+"""The backlog: in which line a waiting job is, which could start now, and which this version can't read."""
 
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Iterable, Mapping
 
 from sqlalchemy import or_, select
 from sqlalchemy import text as sql
 
+from loractl import __version__
 from loractl.common.job.method import Method, Need, Ways, permitted_methods, within
-from loractl.common.job.status import Status
+from loractl.common.job.status import Reason, Status
 from loractl.common.placement.cards import TimeLeft
 from loractl.common.placement.gangs import gang_of
 from loractl.common.placement.lines import QueueKey, queue_key, vram_class
 
 from ..fleet import waiting_of
-from ..tables import FREE, WAITS, Job, ready_at
+from ..guard import become
+from ..tables import FREE, WAITS, Event, Job, ready_at
 from ..transaction import SKIP_LOCKED, Transaction
 from .cards.nodes import read_cards
 from .followers import has_left
@@ -121,3 +124,36 @@ def _gang_waits(tx: Transaction, largest: int, labels: Mapping[str, str], time_l
         (form.alone and (form.least is None or form.least <= largest)) or gang_of(form, cards) is not None
         for form in forms
     )
+
+
+NEWER_WORKER_DELAY_S = 60.0
+"""How long before a job that only a newer worker can read is looked at again."""
+
+
+def set_aside(tx: Transaction, job: Job, what: str, now: dt.datetime) -> None:
+    """End a locked, waiting job as bad_spec. If a newer client wrote it, leave it to a newer worker.
+
+    `what`: what can't be read of it.
+    """
+    what = f"this worker's loractl does not understand {what}"
+    if job.version is not None and _release(job.version) > _release(__version__):
+        job.not_before = now + dt.timedelta(seconds=NEWER_WORKER_DELAY_S)
+        job.message = f"written by loractl {job.version}, a worker with {__version__} can't read it"
+        _tell_once(tx, job.job_id, f"{what}; left to a worker with {job.version}")
+        return
+    become(job, Status.FAILED)
+    job.reason, job.message, job.ended_at, job.held = Reason.BAD_SPEC, what, now, False
+    tx.tell(job.job_id, None, job.status.value, what)
+
+
+def _tell_once(tx: Transaction, job_id: int, text: str) -> None:
+    """A worker looks at such a job every minute: one line for each that has another reason is enough."""
+    said = select(Event.event_id).where(Event.job_id == job_id, Event.kind == "version", Event.text == text).limit(1)
+    if tx.session.scalar(said) is None:
+        tx.tell(job_id, None, "version", text)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """0.2.1 as (0, 2, 1), without what follows the numbers."""
+    numbers = re.match(r"\d{1,9}(\.\d{1,9})*", version)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()

@@ -27,7 +27,7 @@ from ..guard import become, begun
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node, sweep_of
 from ..transaction import Transaction
-from .aside import set_aside
+from .backlog import set_aside
 from .cards.decisions import decide
 from .cards.nodes import FleetState, read_fleet
 from .cards.shares import lock, own_first, write

@@ -1,4 +1,5 @@
-"""Heartbeats: what a running attempt reports of itself while it holds the lease."""
+"""Heartbeats: what a running attempt reports of itself while it holds the lease, and the files that it leaves in the
+cache of its box for later jobs."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Select, Table, exists, insert, select, update
+from sqlalchemy import ColumnElement, Select, Table, delete, exists, insert, select, update
 
 from loractl.common.artifacts import checkpoint_prefix
 from loractl.common.job.adjustment import without_room
@@ -15,9 +16,8 @@ from ..columns import misfits, part_of
 from ..fleet import takes_bf16
 from ..guard import EXPECTED, REACHED, mine
 from ..records import Beat, Claim, Progress, StoredCheckpoint, rung_points
-from ..tables import ASKED_TO_STOP, GIVES_WAY_TO, Attempt, Event, Job, LogChunk, MetricPoint, Node, Wish
-from ..transaction import SKIP_LOCKED, Transaction
-from .kept_files import keep
+from ..tables import ASKED_TO_STOP, GIVES_WAY_TO, Attempt, Event, Job, KeptFile, LogChunk, MetricPoint, Node, Wish
+from ..transaction import SKIP_LOCKED, NewRow, Transaction
 from .need import plan_again
 from .sweeps import read_verdict
 
@@ -168,3 +168,33 @@ def _record_metrics(tx: Transaction, claim: Claim, progress: Progress) -> None:
     ]
     if points:
         tx.add_new(MetricPoint, points)
+
+
+MOST_KEPT = 128
+"""Files of a box: every order lists them. A sweep leaves one to three."""
+
+
+def kept_files(host: str) -> Select[KeptFile]:
+    """What a box keeps of jobs that run no more, the newest first."""
+    return select(KeptFile).where(KeptFile.host == host).order_by(KeptFile.at.desc(), KeptFile.key).limit(MOST_KEPT)
+
+
+def _of_this_box(new: NewRow) -> ColumnElement[bool]:
+    return KeptFile.host == new["host"]
+
+
+def keep(tx: Transaction, claim: Claim, kept: Sequence[tuple[str, str]]) -> None:
+    """Write down what an attempt has left, in place of what had the same key. The box's oldest make room for it.
+
+    The caller has checked the token in this transaction.
+    """
+    mine = select(Attempt.node).where(Attempt.job_id == claim.job_id, Attempt.attempt == claim.attempt)
+    host = tx.session.scalars(mine).one().rpartition(":")[0]
+    for key, sha256 in sorted(kept):  # in one order: two attempts may leave the same
+        row = {"key": key, "host": host, "sha256": sha256, "job_id": claim.job_id, "at": tx.now()}
+        tx.put(KeptFile, "key", row, _of_this_box)
+    beyond = kept_files(host).with_only_columns(KeptFile.key).limit(None).offset(MOST_KEPT)
+    tx.session.execute(
+        delete(KeptFile).where(KeptFile.key.in_(beyond.with_for_update(skip_locked=True))),
+        execution_options={"synchronize_session": False},
+    )

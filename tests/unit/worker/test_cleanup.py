@@ -16,8 +16,7 @@ from loractl.common.artifacts import checkpoint_prefix
 from loractl.common.job.status import Reason, Status
 from loractl.common.settings import load_settings
 from loractl.common.store.records import Claim, Over, Progress, StoredCheckpoint
-from loractl.common.store.store import Store
-from loractl.common.store.verbs import ResultVerbs
+from loractl.common.store.store import ResultVerbs, Store
 from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.result import READY, clean, make_room
 from loractl.worker.attempt.storage.client import StoreClient

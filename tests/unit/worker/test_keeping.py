@@ -14,8 +14,7 @@ from loractl.common.artifacts import ArtifactStore, Manifest
 from loractl.common.binding import checkpoint_binding
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.store.records import Claim, StoredCheckpoint
-from loractl.common.store.store import Store
-from loractl.common.store.verbs import AttemptVerbs
+from loractl.common.store.store import AttemptVerbs, Store
 from loractl.worker.attempt import checkpoint_upload
 from loractl.worker.attempt.checkpoint_upload import CheckpointUpload
 from loractl.worker.attempt.storage.client import CallWatch, StoreClient

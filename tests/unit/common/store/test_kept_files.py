@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loractl.common.job.status import Reason
-from loractl.common.store.queries import kept_files
+from loractl.common.store.queries import heartbeats
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 
@@ -52,7 +52,7 @@ def test_an_attempt_that_has_lost_its_lease_leaves_nothing(store: Store) -> None
 
 
 def test_a_box_s_oldest_files_make_room(timed: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_files, "MOST", 2)
+    monkeypatch.setattr(heartbeats, "MOST_KEPT", 2)
     mine = claim(timed)
     for key in ("a", "b", "a", "c"):  # a is left once more after b
         clock.forward(1)

@@ -15,9 +15,8 @@ from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, Progress
-from loractl.common.store.store import Store
+from loractl.common.store.store import JobVerbs, Store
 from loractl.common.store.tables import Job
-from loractl.common.store.verbs import JobVerbs
 from loractl.scheduler.change.command import AT_ONCE, cancel
 
 from ...factories import RESULT, submission, take

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from loractl.common.store.verbs import JobVerbs
+from loractl.common.store.store import JobVerbs
 from loractl.scheduler.web.pages import pages
 from loractl.scheduler.web.pages.floor import lab_floor
 
