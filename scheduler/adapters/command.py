@@ -7,9 +7,15 @@ from pathlib import Path
 
 import click
 
+from loractl.common.errors import ArtifactError, ExitCode, UsageError, WrongState
+from loractl.common.job.names import check_tag, parse_reference
+from loractl.common.text import clean_line
+from loractl.common.units import amount
 from loractl.scheduler.cli.lazy import Commands, LazyGroup
 from loractl.scheduler.cli.named import AdapterName
 from loractl.scheduler.cli.output import paged, show, show_page
+from loractl.scheduler.cli.screen import detect_screen
+from loractl.scheduler.cli.session import open_session, open_stores
 
 COMMANDS: Commands = {
     "delete": (
@@ -67,8 +73,6 @@ def list_adapters(limit: int, after: int | None, as_json: bool) -> None:
 def print_adapters(limit: int, after: int | None, as_json: bool) -> None:
     """Print a page of the stored adapters, as JSON or as a table."""
     from loractl.common.store.records import Page
-    from loractl.scheduler.cli.screen import detect_screen
-    from loractl.scheduler.cli.session import open_session
 
     from .answer import adapter_list
     from .text import adapters_text
@@ -83,8 +87,6 @@ def print_adapters(limit: int, after: int | None, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show_adapter(adapter: str, as_json: bool) -> None:
     """Show where an adapter comes from: base, data, job, versions."""
-    from loractl.scheduler.cli.session import open_stores
-
     from .answer import lineage
     from .text import lineage_text
 
@@ -104,11 +106,7 @@ def pull(names: tuple[str, ...], folder: Path, gguf: bool, vllm: bool) -> None:
     peft's PeftModel.from_pretrained loads it from there. Of several, each gets a folder of its own in DIR.
     """
     from loractl.common.binding import result_binding
-    from loractl.common.errors import UsageError
     from loractl.common.job.kinds import kind_of
-    from loractl.common.text import clean_line
-    from loractl.common.units import amount
-    from loractl.scheduler.cli.session import open_stores
 
     from .answer import check_new, pull_adapter, stored_adapter
 
@@ -159,8 +157,6 @@ def push(adapter: str, repository: str, public: bool, base_name: str | None, to:
     HF_TOKEN, or what `hf auth login` has stored; HF_ENDPOINT names another hub. --to writes what would be pushed into a
     new folder, and pushes nothing.
     """
-    from loractl.scheduler.cli.session import open_stores
-
     from .answer import check_new
     from .push import PushRequest, push_adapter
 
@@ -177,11 +173,6 @@ def push(adapter: str, repository: str, public: bool, base_name: str | None, to:
 @click.argument("name", metavar="TAG")
 def tag(adapter: str, name: str) -> None:
     """Tag an adapter as NAME:TAG; loractl gc keeps it."""
-    from loractl.common.errors import UsageError
-    from loractl.common.job.names import check_tag, parse_reference
-    from loractl.common.text import clean_line
-    from loractl.scheduler.cli.session import open_session
-
     _, colon, alone = name.rpartition(":")
     check_tag(alone)
     if colon:
@@ -197,10 +188,6 @@ def tag(adapter: str, name: str) -> None:
 @click.argument("name", metavar="NAME:TAG")
 def untag(name: str) -> None:
     """Forget a tag; the adapter stays."""
-    from loractl.common.errors import UsageError
-    from loractl.common.job.names import check_tag, parse_reference
-    from loractl.scheduler.cli.session import open_session
-
     reference = parse_reference(name)
     if reference.name is None or ":" not in name:
         raise UsageError(f"{name!r} is not of the form NAME:TAG", "like support:prod")
@@ -214,11 +201,7 @@ def untag(name: str) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete(names: tuple[str, ...], yes: bool) -> None:
     """Remove adapters and their reports for good; tagged ones are refused."""
-    from loractl.common.errors import WrongState
     from loractl.common.job.ancestor import may_go_without
-    from loractl.common.text import clean_line
-    from loractl.common.units import amount
-    from loractl.scheduler.cli.session import open_stores
 
     from .answer import stored_adapter
 
@@ -259,10 +242,6 @@ def bind(names: tuple[str, ...]) -> None:
     Each file is read and compared with its manifest, and the weights with their row. From then on every reader refuses
     a result that somebody has changed in the store.
     """
-    from loractl.common.errors import ArtifactError, ExitCode
-    from loractl.common.text import clean_line
-    from loractl.scheduler.cli.session import open_stores
-
     from .answer import bind_result, results_to_bind
 
     settings, store, artifacts = open_stores()

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from loractl.common.errors import ExitCode, JobNotFound, NotYours, UsageError, WrongState
+from loractl.common.job.status import Stage, Status
+from loractl.common.text import clean_line
 from loractl.scheduler.cli.named import JobName, Setting, jobs_named, warn_of_unknown_user
+from loractl.scheduler.cli.output import hint, warn
+from loractl.scheduler.cli.session import open_artifacts, open_session
 
 if TYPE_CHECKING:
-    from loractl.common.job.status import Status
     from loractl.common.store.store import Store
 
 AT_ONCE = 100
@@ -56,8 +60,6 @@ def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
 def _change(jobs: Sequence[str], overrides: Sequence[str], *, again: bool) -> None:
     """Give jobs the settings. `again`: queue them, with or without a change; else none of them has ended."""
     from loractl.common.queue.hints import open_sender
-    from loractl.scheduler.cli.output import hint, warn
-    from loractl.scheduler.cli.session import open_artifacts, open_session
     from loractl.scheduler.submit.intake import wake_for
 
     from .amendment import amendment, require_unended, unchecked_rows, unknown_channels
@@ -91,8 +93,6 @@ def _change(jobs: Sequence[str], overrides: Sequence[str], *, again: bool) -> No
 @click.option("--reason", default="", metavar="TEXT", help="The reason, which status shows to others.")
 def hold(jobs: tuple[str, ...], reason: str) -> None:
     """Keep waiting jobs from starting until loractl release."""
-    from loractl.scheduler.cli.session import open_session
-
     settings, store = open_session()
 
     def keep(job_id: int) -> None:
@@ -107,8 +107,6 @@ def hold(jobs: tuple[str, ...], reason: str) -> None:
 def release(jobs: tuple[str, ...]) -> None:
     """Let held jobs start."""
     from loractl.common.queue.hints import open_sender
-    from loractl.scheduler.cli.output import warn
-    from loractl.scheduler.cli.session import open_session
     from loractl.scheduler.submit.intake import wake_for
 
     settings, store = open_session()
@@ -136,13 +134,9 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
     A waiting job ends at once; a running one stops at its next step, at the latest after 15 s. Its checkpoints are
     removed. Of several jobs, those that can't be cancelled are named, and the others are.
     """
-    from loractl.common.errors import JobNotFound, NotYours, UsageError, WrongState
-    from loractl.common.job.status import Status
-    from loractl.scheduler.cli.session import open_session
-
     if [bool(jobs), sweep_id is not None, user is not None].count(True) != 1 or (queued and user is None):
-        hint = "like loractl cancel 12, loractl cancel --sweep 3, or loractl cancel --user me --queued"
-        raise UsageError("cancel takes jobs, or a sweep, or a person's jobs", hint)
+        example = "like loractl cancel 12, loractl cancel --sweep 3, or loractl cancel --user me --queued"
+        raise UsageError("cancel takes jobs, or a sweep, or a person's jobs", example)
     settings, store = open_session()
     job_ids = jobs_named(store, jobs)
     if user is not None:
@@ -180,8 +174,6 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
 
 
 def _tell(store: Store, job_id: int, became: Status) -> None:
-    from loractl.common.job.status import Stage, Status
-    from loractl.common.text import clean_line
     from loractl.scheduler.status.job import job_state
 
     if became is Status.CANCELLED:
@@ -204,8 +196,6 @@ def _for_each(job_ids: Sequence[int], do: Callable[[int], None]) -> None:
 
     Raises JobNotFound, NotYours and WrongState for a job that was named alone.
     """
-    from loractl.common.errors import ExitCode, JobNotFound, NotYours, WrongState
-
     refused = False
     for job_id in dict.fromkeys(job_ids):
         try:

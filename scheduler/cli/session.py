@@ -1,4 +1,4 @@
-"""What every command opens first: the settings and the jobs' store."""
+"""What every command opens first: the settings and the jobs' store. A command's help loads neither."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING
 import click
 
 from loractl.common.errors import SchemaMismatch, ServiceUnreachable
-from loractl.common.settings import Settings, load_settings
-from loractl.common.store.database import connect, connect_to_read, has_database, reachable
-from loractl.common.store.store import Store
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
+    from loractl.common.settings import Settings
+    from loractl.common.store.store import Store
 
 
 def open_session() -> tuple[Settings, Store]:
     """The settings, and a store with a database that has just answered. Raises ServiceUnreachable, SchemaMismatch."""
+    from loractl.common.settings import load_settings
+    from loractl.common.store.database import connect, reachable
+    from loractl.common.store.store import Store
+
     settings = load_settings()
     with reachable(settings):
         return settings, Store(connect(settings))
@@ -27,6 +30,9 @@ def open_to_check(settings: Settings) -> tuple[Store | None, str | None]:
 
     Raises LoractlError for a database that refuses this user.
     """
+    from loractl.common.store.database import connect_to_read, has_database, reachable
+    from loractl.common.store.store import Store
+
     if not has_database(settings):
         return None, None  # nothing has been measured, and there is no adapter to start from
     try:

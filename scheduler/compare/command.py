@@ -6,7 +6,10 @@ from pathlib import Path
 
 import click
 
+from loractl.common.errors import UsageError
 from loractl.scheduler.cli.output import show
+from loractl.scheduler.cli.screen import detect_screen
+from loractl.scheduler.cli.session import open_stores
 
 
 @click.command()
@@ -25,10 +28,6 @@ def compare(job_ids: tuple[int, ...], sweep_id: int | None, plot: Path | None, a
     The job with the least held-out loss comes first. Jobs that were measured on the same rows are compared with it, row
     by row.
     """
-    from loractl.common.errors import UsageError
-    from loractl.scheduler.cli.screen import detect_screen
-    from loractl.scheduler.cli.session import open_stores
-
     from .answer import comparison
     from .text import comparison_text, draw_comparison, require_matplotlib, sweep_comparison_text
     from .winner import sweep_comparison

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from loractl.common.units import amount
 from loractl.scheduler.cli.output import show
 
 if TYPE_CHECKING:
@@ -126,7 +127,6 @@ def db_backup(file: Path, as_json: bool) -> None:
     Workers may run meanwhile. What the jobs have stored is not in it: copy the artifacts afterwards.
     """
     from loractl.common.settings import load_settings, redacted
-    from loractl.common.units import amount
 
     from .backup import back_up
 

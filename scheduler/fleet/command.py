@@ -10,9 +10,11 @@ import click
 from click.shell_completion import CompletionItem
 
 from loractl.common.errors import UsageError
+from loractl.common.units import parse_moment
 from loractl.scheduler.cli.named import completed
 from loractl.scheduler.cli.output import show
 from loractl.scheduler.cli.screen import detect_screen
+from loractl.scheduler.cli.session import open_session
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
@@ -45,8 +47,6 @@ def drain(target: str, reason: str, until: str | None, at_once: bool) -> None:
 
     HOST is a box like heron, CARD one of its cards like heron:2. Running jobs end first, unless --now.
     """
-    from loractl.scheduler.cli.session import open_session
-
     from .answer import fleet
 
     settings, store = open_session()
@@ -67,8 +67,6 @@ def drain(target: str, reason: str, until: str | None, at_once: bool) -> None:
 @click.argument("target", type=Target(), metavar="HOST|CARD")
 def undrain(target: str) -> None:
     """Allow new jobs on a drained box or card again."""
-    from loractl.scheduler.cli.session import open_session
-
     _, store = open_session()
     if not store.cards.end_drain(target):
         drained = sorted(store.cards.drains())
@@ -88,8 +86,6 @@ def _left(running: Sequence[int], at_once: bool) -> str:
 
 def end_of_drain(text: str, now: dt.datetime) -> dt.datetime:
     """A duration from now, or a local date or time. Raises UsageError."""
-    from loractl.common.units import parse_moment
-
     try:
         return parse_moment(text, now)
     except ValueError as error:
@@ -106,8 +102,6 @@ def gpus(used: bool, forget: str | None, as_json: bool) -> None:
     FREE is what a new job may take: the memory less what the owner keeps, what other people's programs hold or held a
     short while ago, and what jobs reserve.
     """
-    from loractl.scheduler.cli.session import open_session
-
     from .answer import fleet
     from .text import devices
 

@@ -10,6 +10,7 @@ import click
 from loractl.common.text import clean_line
 from loractl.common.units import amount
 from loractl.scheduler.cli.output import show
+from loractl.scheduler.cli.session import open_artifacts, open_session
 
 if TYPE_CHECKING:
     from .cleaner import Cleared
@@ -40,8 +41,6 @@ def gc(keep_last: int | None, older_than: str, jobs: bool, dry_run: bool, force:
     On this machine: work folders of ended jobs and old cache entries. Results go only with --keep-last,
     rows of ended jobs only with --jobs.
     """
-    from loractl.scheduler.cli.session import open_artifacts, open_session
-
     from .cleaner import Cleaner, Cleared, Policy, parse_age
 
     policy = Policy(keep_last=keep_last, older_than=parse_age(older_than), past_jobs=jobs)

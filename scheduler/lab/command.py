@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 
 import click
 
-from loractl.common.errors import ExitCode
+from loractl.common.errors import ExitCode, UsageError
+from loractl.common.units import duration, parse_duration, seconds_of
 from loractl.scheduler.cli.output import show
 from loractl.scheduler.cli.screen import detect_screen
+from loractl.scheduler.cli.session import open_session
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -71,7 +73,6 @@ def lab_invite(boxes: tuple[str, ...], people: tuple[str, ...], address: str | N
 
     One that is there gets a new password when it joins.
     """
-    from loractl.common.errors import UsageError
     from loractl.common.settings import load_settings
 
     from .lab import invite_guests
@@ -93,7 +94,6 @@ def lab_adopt_store(empty: bool) -> None:
     """
     from loractl.common.lab_store import SETTING, adopt
     from loractl.common.settings import redacted
-    from loractl.scheduler.cli.session import open_session
 
     settings, store = open_session()
     before = store.lab.setting(SETTING)
@@ -116,8 +116,6 @@ def lab_close() -> None:
 
 
 def _let_change(value: str, said: str) -> None:
-    from loractl.scheduler.cli.session import open_session
-
     _, store = open_session()
     store.lab.set("changes", value)
     click.echo(said)
@@ -130,8 +128,6 @@ def lab_order(order: str) -> None:
 
     work: by the work that is left. share: the order of before, until the next release.
     """
-    from loractl.scheduler.cli.session import open_session
-
     _, store = open_session()
     store.lab.set("order", order)
     said = "the least work first, weighed by use and wait" if order == "work" else "by priority, use and age, as before"
@@ -146,8 +142,6 @@ def lab_give_way(when: str) -> None:
     on: once they have run for ten minutes, or longer where a stop costs much. TIME: once they have run for this long,
     like 30m, whatever a stop costs. off: never.
     """
-    from loractl.scheduler.cli.session import open_session
-
     value, said = _give_way(when)
     _, store = open_session()
     store.lab.set("give-way", value)
@@ -155,9 +149,6 @@ def lab_give_way(when: str) -> None:
 
 
 def _give_way(when: str) -> tuple[str, str]:
-    from loractl.common.errors import UsageError
-    from loractl.common.units import duration, parse_duration
-
     if when in ("on", "off"):
         return when, f"Long jobs yield their cards to much shorter ones{'' if when == 'on' else ' no more'}."
     try:
@@ -174,9 +165,6 @@ def _give_way(when: str) -> tuple[str, str]:
 @click.option("--remove", "removed", multiple=True, metavar="NAME", help="No longer this one; repeatable.")
 def lab_operators(added: tuple[str, ...], removed: tuple[str, ...]) -> None:
     """Name those who may change everybody's jobs, or list them."""
-    from loractl.common.errors import UsageError
-    from loractl.scheduler.cli.session import open_session
-
     _, store = open_session()
     known = (store.lab.setting("operators") or "").split()
     if odd := [name for name in added if len(name.split()) != 1 or not name.isprintable()]:
@@ -198,9 +186,6 @@ def _guests(boxes: tuple[str, ...], people: tuple[str, ...]) -> list[Any]:
 
 
 def _validity(text: str) -> float:
-    from loractl.common.errors import UsageError
-    from loractl.common.units import seconds_of
-
     seconds = seconds_of("--valid", text)
     if not 1 <= seconds <= 7 * 24 * 3600:
         raise UsageError(f"--valid: {text!r} is not between 1s and 7d", "like 1h")
@@ -262,9 +247,6 @@ def doctor(patience: str, names: tuple[str, ...], service: bool, as_json: bool) 
 
 
 def _patience(text: str) -> float:
-    from loractl.common.errors import UsageError
-    from loractl.common.units import seconds_of
-
     seconds = seconds_of("--patience", text)
     if not 0 < seconds <= 3600:
         raise UsageError(f"--patience: {text!r} is not between 0 and 1h", "like 10s")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import LoractlError, UsageError
+from loractl.common.job.file import load_spec, override_spec
 from loractl.common.job.method import MOST_CARDS, Method, Need, Roomy, Ways, choose_method, within
 from loractl.common.job.status import Status
 from loractl.common.memory.config import read_shape
@@ -214,8 +215,6 @@ class MemoryNeed:
 def job_to_plan(store: Store, job: str, overrides: tuple[str, ...], user: str = "") -> JobToPlan:
     """The job file of this name, which `user` would submit, else the submitted job of this number. Raises SpecError,
     JobNotFound."""
-    from loractl.common.job.file import load_spec, override_spec
-
     if not job.isdigit() or Path(job).exists():
         found = load_spec(Path(job), overrides)
         patience_s = found.lora_patience or 0.0

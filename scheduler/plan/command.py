@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import click
 
 from loractl.common.errors import UsageError
+from loractl.common.job.status import Status
+from loractl.common.units import size_of
 from loractl.scheduler.cli.named import Setting
 from loractl.scheduler.cli.output import show
 from loractl.scheduler.cli.screen import detect_screen
+from loractl.scheduler.cli.session import open_session
 
 if TYPE_CHECKING:
-    from loractl.common.job.status import Status
-
     from .answer import MemoryNeed
 
 
@@ -34,8 +35,6 @@ def plan(
     The base model's config.json is enough. With its tokenizer and the training stack as well, the rows' own lengths
     are counted; else every row is taken to be max_length tokens long.
     """
-    from loractl.scheduler.cli.session import open_session
-
     settings, store = open_session()
     if accuracy:
         from .answer import plan_accuracy
@@ -46,7 +45,6 @@ def plan(
         return
     if job is None:
         raise UsageError("plan needs a job file or a job's number", "like loractl plan job.yaml")
-    from loractl.common.units import size_of
     from loractl.scheduler.submit.need import own_devices
 
     from .answer import job_to_plan, memory_need
@@ -79,8 +77,6 @@ def following(job: str, answer: MemoryNeed, *, solve: bool) -> str:
 
 
 def _of_submitted(job: str, status: Status) -> str:
-    from loractl.common.job.status import Status
-
     if status is Status.QUEUED:
         return f"Its wait: loractl why {job}"
     if status is Status.RUNNING:

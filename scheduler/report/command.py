@@ -6,8 +6,12 @@ from pathlib import Path
 
 import click
 
+from loractl.common.errors import UsageError
+from loractl.common.text import clean_line
 from loractl.scheduler.cli.named import JobName, job_named
 from loractl.scheduler.cli.output import show
+from loractl.scheduler.cli.screen import detect_screen
+from loractl.scheduler.cli.session import open_stores
 
 
 @click.command()
@@ -22,10 +26,6 @@ from loractl.scheduler.cli.output import show
 @click.option("--json", "as_json", is_flag=True, help="Print report.json.")
 def report(job: str, answers: int, html: Path | None, as_json: bool) -> None:
     """Print a job's evaluation report: base against tuned."""
-    from loractl.common.text import clean_line
-    from loractl.scheduler.cli.screen import detect_screen
-    from loractl.scheduler.cli.session import open_stores
-
     from . import answer as asked
     from .text import report_text
 
@@ -44,8 +44,6 @@ def report(job: str, answers: int, html: Path | None, as_json: bool) -> None:
 
 
 def _write(path: Path, page: bytes) -> None:
-    from loractl.common.errors import UsageError
-
     try:
         path.write_bytes(page)
     except OSError as error:

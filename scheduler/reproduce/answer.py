@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
+from loractl.common.fingerprint import changed_files, fingerprint
 from loractl.common.job.adjustment import Adjustment, adjusted
+from loractl.common.job.ancestor import settled_on
+from loractl.common.job.file import override_spec
+from loractl.common.job.method import Method
 from loractl.common.job.names import REPRODUCES
+from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.text import clean_line
 from loractl.scheduler.report.answer import result_of
 from loractl.scheduler.submit.need import own_devices, plan_job
@@ -98,10 +103,6 @@ def submission_of(repetition: Repetition, settings: Settings, store: Store) -> S
 def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
     """The job's spec with what was chosen for it fixed: method, number format, optimizer, whether it recomputes, the
     member of a sweep that it began from, and the commits of hub content."""
-    from loractl.common.job.ancestor import settled_on
-    from loractl.common.job.file import override_spec
-    from loractl.common.job.method import Method
-
     spec, training = override_spec(job.spec, (), f"job {job.job_id}"), report["training"]
     taken = {"dtype": training["precision"], "optim": training["optim"]}
     left = {key: value for key, value in taken.items() if getattr(spec.training, key) == "auto"}
@@ -134,8 +135,6 @@ def _pinned_data(spec: JobSpec, commits: dict[str, str]) -> JobSpec:
 
 
 def _online(store: Store) -> list[Node]:
-    from loractl.common.store.fleet import NODE_STALE_S
-
     now = store.now()
     return [node for node in store.cards.nodes() if (now - node.seen_at).total_seconds() <= NODE_STALE_S]
 
@@ -167,8 +166,6 @@ def _devices(attempts: Sequence[Attempt], online: Sequence[Node]) -> Iterator[Ca
 
 def _base(spec: JobSpec, report: dict[str, Any], cache: Path) -> Iterator[Caveat]:
     """A base model whose files have changed, or can't be checked from here."""
-    from loractl.common.fingerprint import changed_files, fingerprint
-
     base, folder = report.get("base"), Path(spec.base_model)
     if not folder.is_absolute():
         if base is None:  # a report of an earlier version

@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import click
 
+from loractl.common.errors import ExitCode, UsageError
 from loractl.scheduler.cli.output import hint, show, warn
+from loractl.scheduler.cli.screen import detect_screen
+from loractl.scheduler.cli.session import open_stores
 
 
 @click.command()
@@ -21,8 +24,6 @@ def reproduce(job_id: int, other: int | None, dry_run: bool, as_json: bool) -> N
     Everything comes from the job's row, its report and the artifact store. With --check the exit status is 0 when both
     came out the same, else 1.
     """
-    from loractl.common.errors import UsageError
-
     if other is None:
         _repeat(job_id, dry_run=dry_run, as_json=as_json)
         return
@@ -32,8 +33,6 @@ def reproduce(job_id: int, other: int | None, dry_run: bool, as_json: bool) -> N
 
 
 def _repeat(job_id: int, *, dry_run: bool, as_json: bool) -> None:
-    from loractl.scheduler.cli.screen import detect_screen
-    from loractl.scheduler.cli.session import open_stores
     from loractl.scheduler.submit.data import data_at_hand
     from loractl.scheduler.submit.intake import enqueue
 
@@ -58,10 +57,6 @@ def _repeat(job_id: int, *, dry_run: bool, as_json: bool) -> None:
 
 
 def _check(job_id: int, other: int, *, as_json: bool) -> None:
-    from loractl.common.errors import ExitCode
-    from loractl.scheduler.cli.screen import detect_screen
-    from loractl.scheduler.cli.session import open_stores
-
     from .sameness import sameness
     from .text import sameness_text
 

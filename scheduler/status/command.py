@@ -13,7 +13,8 @@ from loractl.common.errors import UsageError
 from loractl.common.text import clean_line
 from loractl.scheduler.cli import output
 from loractl.scheduler.cli.named import JobName, job_named, warn_of_unknown_user
-from loractl.scheduler.cli.screen import detect_screen
+from loractl.scheduler.cli.screen import detect_screen, redraw
+from loractl.scheduler.cli.session import open_artifacts, open_session
 
 if TYPE_CHECKING:
     from loractl.common.settings import Settings
@@ -49,7 +50,6 @@ def status(
     where it is, its losses and memory, and its last events; --full and --json have all that is known of it.
     """
     from loractl.common.store.records import Choice, Page
-    from loractl.scheduler.cli.session import open_session
 
     if watch and as_json:
         raise UsageError("--watch draws for people, --json prints once", "leave one of them out")
@@ -99,8 +99,6 @@ def _job(store: Store, job_id: int, *, full: bool, watch: bool, as_json: bool) -
 
 
 def _overview(settings: Settings, store: Store, choice: Choice, page: Page, *, watch: bool, as_json: bool) -> None:
-    from loractl.scheduler.cli.screen import redraw
-
     from .overview import Overview, overview, told_of_queue
     from .overview_text import overview_text
 
@@ -117,8 +115,6 @@ def _overview(settings: Settings, store: Store, choice: Choice, page: Page, *, w
 
 
 def _sweep(store: Store, sweep_id: int, *, watch: bool, as_json: bool) -> None:
-    from loractl.scheduler.cli.screen import redraw
-
     from .standing import sweep_standing
     from .standing_text import opened
 
@@ -142,8 +138,6 @@ POLL_S = 1.0
 @click.option("--tail", type=click.IntRange(0), metavar="N", help="Only the last N lines, and what follows with -f.")
 def logs(job: str, following: bool, tail: int | None) -> None:
     """Print a job's log."""
-    from loractl.scheduler.cli.session import open_artifacts, open_session
-
     from .job import job_log, log_since
 
     settings, store = open_session()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loractl.common.text import clean_line
 from loractl.scheduler.cli.output import hint, warn
 
 from .draft import rows_at_hand
@@ -80,7 +81,6 @@ def check_all(
 def _warn_of_data(spec: JobSpec, job_file: Path | None) -> None:
     """Check the job's local data, and print warnings about what looks wrong in them. Raises DataError."""
     from loractl.common.progress import progress_bar
-    from loractl.common.text import clean_line
 
     with progress_bar() as report:
         findings, note = check_used_data(spec, report)

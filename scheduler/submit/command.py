@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loractl.common.errors import UsageError
+from loractl.common.errors import ExitCode, UsageError
 from loractl.scheduler.cli.named import Setting
 from loractl.scheduler.cli.output import hint, show, warn
+from loractl.scheduler.cli.session import open_artifacts, open_session, open_stores, open_to_check
 
 if TYPE_CHECKING:
     from loractl.common.settings import Settings
@@ -54,12 +55,7 @@ def submit(
     if bool(job_files) is (like is not None):
         raise UsageError("submit takes job files, or --like JOB", "like loractl submit job.yaml")
     settings = check_addresses()
-    if like is None:
-        drafts = of_files(job_files, overrides)
-    else:
-        from loractl.scheduler.cli.session import open_session
-
-        drafts = [like_job(open_session()[1], like, overrides)]
+    drafts = of_files(job_files, overrides) if like is None else [like_job(open_session()[1], like, overrides)]
     drafts = [started_after(draft, after) for draft in drafts]
     if dry_run:
         _check(drafts, settings)
@@ -71,8 +67,6 @@ def submit(
 
 def _check(drafts: Sequence[JobDraft], settings: Settings) -> None:
     """Submit's checks before it queues, with nothing written; it prints what is doubtful."""
-    from loractl.scheduler.cli.session import open_artifacts, open_to_check
-
     from .admission import check_all
     from .intake import doubts_of, too_large
 
@@ -85,9 +79,6 @@ def _check(drafts: Sequence[JobDraft], settings: Settings) -> None:
 
 
 def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
-    from loractl.common.errors import ExitCode
-    from loractl.scheduler.cli.session import open_stores
-
     from .admission import queue_all
 
     settings, store, artifacts = open_stores()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loractl.common.artifacts import sha256_of
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method, Need, Ways, least_need, permitted_methods, within
 from loractl.common.memory.config import HOW_TO_NAME_IT, foreign_format, read_shape
@@ -160,6 +161,4 @@ def open_methods(spec: JobSpec) -> tuple[Method, ...]:
 
 def stored_hashes(spec: JobSpec) -> dict[str, Any]:
     """The hashes that the local data sets will have once stored: they identify a job like it."""
-    from loractl.common.artifacts import sha256_of
-
     return {key: {"sha256": sha256_of(Path(text))} for key, text in spec.data_sets().items() if Path(text).is_file()}

@@ -17,7 +17,7 @@ from loractl.common.errors import UsageError
 from loractl.common.fingerprint import has_tokenizer, unfit_template
 from loractl.common.job.names import is_hub_id
 from loractl.common.memory.config import find_config, hub_is_off
-from loractl.common.settings import checked_url
+from loractl.common.settings import checked_url, load_settings
 from loractl.common.tensor_file import tensor_file_fault
 from loractl.common.text import slip_of
 
@@ -134,7 +134,6 @@ HUB_TIMEOUT_S = 3.0
 def check_addresses() -> Settings:
     """Refuse settings and URLs that a later step would refuse. No service is asked. Raises UsageError."""
     from loractl.common.queue.valkey import broker_url
-    from loractl.common.settings import load_settings
 
     settings = load_settings()
     broker_url(settings, start=False)

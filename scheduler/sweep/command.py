@@ -12,6 +12,7 @@ import click
 from loractl.scheduler.cli.named import Setting
 from loractl.scheduler.cli.output import hint, show, warn
 from loractl.scheduler.cli.screen import Screen, detect_screen, number_columns, table
+from loractl.scheduler.cli.session import open_artifacts, open_stores, open_to_check
 from loractl.scheduler.status.standing import shares, short_setting
 
 if TYPE_CHECKING:
@@ -61,7 +62,6 @@ def sweep(
 
 def _check(draft: SweepDraft, job_file: Path, settings: Settings) -> None:
     """Sweep's checks before it queues, with nothing written; it prints what is doubtful."""
-    from loractl.scheduler.cli.session import open_artifacts, open_to_check
     from loractl.scheduler.submit.admission import check_all
     from loractl.scheduler.submit.intake import doubts_of, too_large
 
@@ -80,7 +80,6 @@ def _drafts(draft: SweepDraft, job_file: Path) -> list[JobDraft]:
 
 
 def _queue(draft: SweepDraft, job_file: Path, as_json: bool) -> None:
-    from loractl.scheduler.cli.session import open_stores
     from loractl.scheduler.status.standing import SweepStanding
     from loractl.scheduler.submit.admission import check_all
     from loractl.scheduler.submit.intake import enqueue_sweep, store_all

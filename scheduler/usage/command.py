@@ -7,8 +7,12 @@ import datetime as dt
 import click
 
 from loractl.common.errors import UsageError
+from loractl.common.text import slip_of
+from loractl.common.units import parse_date, parse_duration
+from loractl.scheduler.cli.named import warn_of_unknown_user
 from loractl.scheduler.cli.output import show
 from loractl.scheduler.cli.screen import detect_screen
+from loractl.scheduler.cli.session import open_session
 
 
 @click.command()
@@ -28,8 +32,6 @@ def usage(by: str, since: str, as_csv: bool, as_json: bool) -> None:
     GiB of the card's. LOST is the share that went into steps which no checkpoint kept; WAITED counts from when jobs
     could start. A job with two labels is in two rows, and once in the total.
     """
-    from loractl.scheduler.cli.session import open_session
-
     from .answer import usage_table
     from .text import usage_csv, usage_text
 
@@ -42,8 +44,6 @@ def usage(by: str, since: str, as_csv: bool, as_json: bool) -> None:
 
 def _begin(text: str, now: dt.datetime) -> dt.datetime:
     """A duration before now, or a local date or time. Raises UsageError."""
-    from loractl.common.units import parse_date, parse_duration
-
     try:
         return now - dt.timedelta(seconds=parse_duration(text))
     except (ValueError, OverflowError):
@@ -64,7 +64,6 @@ def quota(context: click.Context, as_json: bool) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from loractl.scheduler.cli.session import open_session
 
     from .answer import quota_list
     from .text import quotas_text
@@ -85,8 +84,6 @@ def set_quota(user: str, hours: str, soft: bool) -> None:
     What already runs goes on.
     """
     from loractl.common.placement.shares import parse_quota, window_name
-    from loractl.scheduler.cli.named import warn_of_unknown_user
-    from loractl.scheduler.cli.session import open_session
 
     try:
         card_hours, window_s = parse_quota(hours)
@@ -105,9 +102,6 @@ def set_quota(user: str, hours: str, soft: bool) -> None:
 @click.argument("user")
 def remove_quota(user: str) -> None:
     """Let USER use what is free again."""
-    from loractl.common.text import slip_of
-    from loractl.scheduler.cli.session import open_session
-
     from .answer import quota_list
 
     _, store = open_session()

@@ -7,6 +7,7 @@ import click
 from loractl.scheduler.cli import output
 from loractl.scheduler.cli.named import JobName, job_named
 from loractl.scheduler.cli.screen import detect_screen
+from loractl.scheduler.cli.session import open_session
 
 
 @click.command()
@@ -14,8 +15,6 @@ from loractl.scheduler.cli.screen import detect_screen
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def why(job: str, as_json: bool) -> None:
     """Explain why a job waits, card by card, and when it will start."""
-    from loractl.scheduler.cli.session import open_session
-
     from . import answer as answers
     from .text import why_text
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loractl import __version__
+from loractl.common.artifacts import checkpoint_prefix, open_store
 from loractl.common.errors import ArtifactError, LoractlError, WrongStore
 from loractl.common.lab_store import SETTING, folder_of, is_home_s, known_mark
 from loractl.common.settings import Settings, redacted
@@ -150,8 +151,6 @@ def see_queue(settings: Settings) -> Iterator[Condition]:
 def see_store(settings: Settings) -> Iterator[Condition]:
     """Whether it is the lab's, and a data set, stored as a client does, and a checkpoint, stored as a box does, read
     back as written."""
-    from loractl.common.artifacts import open_store
-
     mark, address = _mark(settings), redacted(settings.artifacts_url)
     if not mark and is_home_s(settings) and not folder_of(settings).exists():
         yield skipped("store", f"there is none yet: {address}", "loractl submit job.yaml makes it")
@@ -204,8 +203,6 @@ def _keep_dataset(store: ArtifactStore, folder: Path) -> None:
 
 
 def _keep_checkpoint(store: ArtifactStore, folder: Path) -> None:
-    from loractl.common.artifacts import checkpoint_prefix
-
     (folder / "result").mkdir()
     (folder / "result" / "doctor").write_text(secrets.token_hex(8))
     prefix = checkpoint_prefix(NO_JOB, 1, 1 + secrets.randbelow(10**9))

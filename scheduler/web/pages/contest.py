@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import LoractlError
-from loractl.scheduler.compare.answer import FinishedJob, compared
+from loractl.scheduler.compare.answer import FinishedJob, compared, flat_settings
 from loractl.scheduler.compare.winner import SweepComparison
 from loractl.scheduler.report.answer import seen
 from loractl.scheduler.status.standing import short_keys, short_setting
@@ -164,8 +164,6 @@ def _in_order(values: Any) -> list[Any]:
 
 
 def _common(store: Store, sweep: SweepView) -> list[tuple[str, Any]]:
-    from loractl.scheduler.compare.answer import flat_settings
-
     if not sweep.members:
         return []
     spec = store.jobs.get(sweep.members[0].job_id).spec
