@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .errors import ArtifactError
-from .tensor_file import tensor_file_fault
 
 CONFIG = "adapter_config.json"
 
@@ -172,3 +172,26 @@ _FORMS: dict[str, Form] = {
     "alpha_pattern": _by_pattern(_ALPHA),
 }
 """The keys of peft's configuration that are stored, each with its form and the form's name."""
+
+
+LARGEST_HEADER = 100_000_000
+"""Bytes that safetensors allows for a header."""
+
+
+def tensor_file_fault(file: Path) -> str | None:
+    """Why nothing can load it, after its name: "is not a safetensors file: ..."; None where its header and size fit.
+
+    Raises OSError.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        try:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > LARGEST_HEADER:
+                raise ValueError("it does not begin as one; is it a pointer of Git LFS?")
+            header = json.loads(opened.read(length))
+            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+            told = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+        except (ValueError, RecursionError, struct.error, AttributeError, KeyError, TypeError, IndexError) as error:
+            return f"is not a safetensors file: {error}"
+    return None if size == told else f"has {size} bytes, and {told} by its header: it was cut off"

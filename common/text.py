@@ -1,8 +1,9 @@
-"""Text that is safe to show and to store: nothing in it steers a terminal, and a database can hold all of it."""
+"""Text that is safe to show and to store: nothing in it steers a terminal, and a database can hold all of it; and how
+numbers, cards and jobs are written in a sentence or a table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -45,3 +46,29 @@ def slip_of(word: str, known: Iterable[str]) -> str | None:
     swapped = [name for name in names if sorted(name) == sorted(word)]
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.75) or swapped
     return close[0] if close else None
+
+
+def in_words(cards: Sequence[str]) -> str:
+    """Cards, or jobs, for a sentence, like "heron:0, heron:1 and heron:2"."""
+    *first, last = cards
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def in_short(cards: Sequence[str]) -> str:
+    """Cards for a table: several of one box like "heron 0, 1", one by its name."""
+    boxes = {card.rpartition(":")[0] for card in cards}
+    if len(cards) < 2 or len(boxes) > 1:
+        return ", ".join(cards)
+    indexes = sorted((card.rpartition(":")[2] for card in cards), key=lambda index: (len(index), index))
+    return f"{boxes.pop()} {', '.join(indexes)}"
+
+
+def numbers(jobs: Sequence[int]) -> str:
+    """Jobs for a sentence, like "job 3", "jobs 3 and 1", "jobs 3, 1 and 4 more"."""
+    more = f", {jobs[1]} and {len(jobs) - 2} more" if len(jobs) > 2 else f" and {jobs[1]}" if len(jobs) > 1 else ""
+    return f"{'job' if len(jobs) == 1 else 'jobs'} {jobs[0]}{more}"
+
+
+def when_they_end(jobs: Sequence[int]) -> str:
+    """The jobs that must end, like "jobs 3 and 1 end"."""
+    return f"{numbers(jobs)} {'ends' if len(jobs) == 1 else 'end'}"

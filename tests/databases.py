@@ -14,8 +14,7 @@ import pytest
 from sqlalchemy import Connection, NullPool, create_engine, make_url, text
 
 from loractl.common.store.database import make_engine
-from loractl.common.store.entrance import invite
-from loractl.common.store.roles import apply_roles
+from loractl.common.store.roles import apply_roles, invite
 from loractl.common.store.schema import upgrade
 
 SQLITE_ALONE = pytest.mark.parametrize("upgraded_url", ["sqlite"], indirect=True)

@@ -37,7 +37,7 @@ SHARED = {
     "A corrected change": "scheduler/compare/winner.py:CorrectedChange",
     "A pair": "scheduler/reproduce/sameness.py:Pair",
     "Losses of rows": "scheduler/reproduce/sameness.py:RowLosses",
-    "Cards asked for": "scheduler/wait/gangs.py:CardsAsked",
+    "Cards asked for": "scheduler/wait/queue.py:CardsAsked",
     "An expected start": "scheduler/wait/starts.py:ExpectedStart",
     "A card as a job sees it": "scheduler/wait/cards.py:CardFit",
     "Room on a card": "scheduler/plan/answer.py:CardRoom",
@@ -86,7 +86,7 @@ ANSWERS = {
     "lab invite": "scheduler/lab/lab.py:LabAnswer",
     "join": "scheduler/lab/join.py:JoinAnswer",
     "db roles": "common/store/roles.py:RolesDone",
-    "db backup": "scheduler/database/backup.py:Contents",
+    "db backup": "scheduler/database/answer.py:Contents",
     "gc": "scheduler/garbage/cleaner.py:Cleared",
     "doctor": "scheduler/lab/health/condition.py:Diagnosis",
 }

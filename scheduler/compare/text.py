@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import LoractlError, UsageError
-from loractl.common.text import clean_line, number, signed
+from loractl.common.text import clean_line, in_words, number, signed
 from loractl.common.units import duration, gib
 from loractl.common.verdict import decimals
 from loractl.scheduler.cli.screen import Screen, number_columns, table
 from loractl.scheduler.status.standing import settings_of, shares, titles
-from loractl.scheduler.wait.gangs import in_words
 
 from .answer import ACCURACY, OTHER_LOSS
 

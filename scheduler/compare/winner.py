@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import WrongState
-from loractl.common.text import number
+from loractl.common.text import in_words, number
 from loractl.common.verdict import MIN_CASES, MeasuredChange, chose_step, written
 from loractl.scheduler.report.answer import FinalResult, look, result_of
 from loractl.scheduler.status.standing import named_settings
-from loractl.scheduler.wait.gangs import in_words
 
 from .answer import NOT_KNOWN, OTHER_LOSS, Comparison, FinishedJob, comparison
 

@@ -1,4 +1,4 @@
 """The database's form, backups and roles: loractl db.
 
-Others use backup.
+Others use answer.
 """

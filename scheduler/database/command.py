@@ -13,7 +13,7 @@ from loractl.scheduler.cli.output import show
 if TYPE_CHECKING:
     from loractl.common.store.roles import RolesDone
 
-    from .backup import Contents
+    from .answer import Contents
 
 
 @click.group()
@@ -36,7 +36,7 @@ def db_upgrade(backup: Path | None, force: bool) -> None:
     """
     from loractl.common.settings import load_settings, redacted
 
-    from .revision import bring_to_head, store_unknown
+    from .answer import bring_to_head, store_unknown
 
     settings = load_settings()
     done = bring_to_head(settings, backup, force=force)
@@ -96,7 +96,7 @@ def db_roles(
     """
     from loractl.common.settings import load_settings
 
-    from .revision import set_up_roles, store_unknown, wanted_logins
+    from .answer import set_up_roles, store_unknown, wanted_logins
 
     chosen = None if passwords is None else passwords.read().splitlines()
     settings = load_settings()
@@ -128,7 +128,7 @@ def db_backup(file: Path, as_json: bool) -> None:
     """
     from loractl.common.settings import load_settings, redacted
 
-    from .backup import back_up
+    from .answer import back_up
 
     settings = load_settings()
     contents = back_up(settings, file)
@@ -148,7 +148,7 @@ def db_restore(file: Path, force: bool) -> None:
     """
     from loractl.common.settings import load_settings
 
-    from .backup import SKIPPED_NUMBERS, restore
+    from .answer import SKIPPED_NUMBERS, restore
 
     done = restore(load_settings(), file, force=force)
     click.echo(f"{_held(done.contents)} are restored. Running jobs continue with the next loractl worker.")

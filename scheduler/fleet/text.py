@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from loractl.common.text import in_short
 from loractl.common.units import GIB, clock, duration, gib
 from loractl.scheduler.cli.screen import Screen, card_name, fit, joined, wrapped_table
 from loractl.scheduler.wait.cards import process_name
-from loractl.scheduler.wait.gangs import in_short
 
 if TYPE_CHECKING:
     import datetime as dt

@@ -56,8 +56,7 @@ def lab_init(
     With --box and --person the lines are for those. Without --packages and --containers the lab is on the servers that
     the settings name: say it as the owner of the database. Said again it changes nothing, and prints new lines.
     """
-    from .lab import Guest
-    from .server_box import LabWish, make_lab
+    from .lab import Guest, LabWish, make_lab
     from .text import lab_made
 
     wanted = _guests(boxes, people) or [Guest(kind="box"), Guest(kind="person")]
@@ -233,7 +232,7 @@ def doctor(patience: str, names: tuple[str, ...], service: bool, as_json: bool) 
     from .text import health
 
     if service:
-        from .checkup import service_diagnosis
+        from loractl.scheduler.lab.health.diagnosis import service_diagnosis
 
         answer = service_diagnosis(names)
     else:

@@ -22,14 +22,12 @@ from typing import Any
 from loractl.common.errors import LoractlError, ServiceRefused, ServiceUnreachable, UsageError, WrongState
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine, reachable
-from loractl.common.store.entrance import Invited, entered, look
-from loractl.common.store.roles import WORK
+from loractl.common.store.roles import WORK, Invited, entered, look
+from loractl.scheduler.lab.health.diagnosis import diagnosed
 
-from .addresses import LabAddresses, read_addresses, refuse_another_store, right_to_results, urls_with_certificates
-from .checkup import diagnosed
 from .health.box import has_training_stack
 from .health.condition import Diagnosis, Level
-from .line import JoinLine
+from .line import JoinLine, LabAddresses, read_addresses, refuse_another_store, right_to_results, urls_with_certificates
 from .place import SERVICE, SERVICE_HOME, SERVICE_USER, Membership, Place
 from .process import run
 

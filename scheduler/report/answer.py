@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.binding import result_binding
 from loractl.common.errors import ArtifactError, WrongState
 from loractl.common.job.status import Status
+from loractl.common.text import in_words
 from loractl.common.verdict import has_interval, written
-from loractl.scheduler.wait.gangs import in_words
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore, Binding

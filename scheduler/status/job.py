@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.text import in_short, in_words
 from loractl.scheduler.wait.cards import trouble_of
-from loractl.scheduler.wait.gangs import in_short, in_words
 from loractl.scheduler.wait.queue import waiting_jobs
 from loractl.scheduler.wait.reasons import Wait
 

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 import click
 
 from loractl.common.job.status import Stage, Status
-from loractl.common.text import clean_line, number
+from loractl.common.text import clean_line, in_words, number
 from loractl.common.units import clock, gib, thousands
 from loractl.scheduler.cli.screen import Screen, bar, fit, table, wrapped, wrapped_table
-from loractl.scheduler.wait.gangs import in_words
 
 from .job_text import state_word
 from .standing_text import overview as sweep_lines

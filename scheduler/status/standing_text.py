@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from loractl.common.job.status import Stage, Status
 from loractl.common.job.sweep import no_best
-from loractl.common.text import clean_line
+from loractl.common.text import clean_line, in_short
 from loractl.common.units import thousands
 from loractl.scheduler.cli.screen import Screen, bar, fit, number_columns, table, wrapped_table
-from loractl.scheduler.wait.gangs import in_short
 
 from .standing import count, loss_of, named_settings, settings_of, shares, titles
 

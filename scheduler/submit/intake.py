@@ -118,7 +118,7 @@ def enqueue_sweep(
 
 def _outlook(store: Store, jobs: Sequence[Job]) -> dict[int, tuple[str, ...]]:
     """Of jobs that wait, those that no card could ever hold, and when others start that have to wait, where known."""
-    from loractl.scheduler.wait.gangs import in_words
+    from loractl.common.text import in_words
     from loractl.scheduler.wait.reasons import AT_ONCE_S, Tier, explain
     from loractl.scheduler.wait.starts import LISTED_JOBS, read_outlook
 

@@ -30,10 +30,8 @@ from loractl.common.placement.lines import Waiting, waited
 from loractl.common.placement.refusals import out_of_reach
 from loractl.common.placement.rule import Term, deciding
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, waiting_of
-from loractl.common.text import clean_line
+from loractl.common.text import clean_line, numbers, when_they_end
 from loractl.common.units import clock, duration, gib
-
-from .gangs import numbers, when_they_end
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job

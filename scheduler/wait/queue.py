@@ -1,23 +1,47 @@
-"""The waiting jobs: for each its reason, and its expected start if known."""
+"""The waiting jobs: for each its reason, what it asks for, and its expected start if known."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from loractl.common.job.method import Parallel, least_need
 from loractl.common.job.status import Status
+from loractl.common.placement.gangs import gang_of
 from loractl.common.placement.lines import Waiting
-from loractl.common.store.fleet import FleetView, is_ready
+from loractl.common.store.fleet import FleetView, is_ready, waiting_of
+from loractl.common.text import when_they_end
 
 from .cards import KEPT
-from .gangs import CardsAsked, asked_of, when_they_end
 from .reasons import Tier, Wait, explain
 from .starts import LISTED_JOBS, ExpectedStart, ahead_of, reaches, read_outlook
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardsAsked:
+    """How much a waiting job asks for."""
+
+    bytes: int | None  # of its card, or of each of several; None: unknown
+    cards: int = 1
+    parallel: Parallel = Parallel.NONE
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names."""
+        return {**vars(self), "parallel": self.parallel.value}
+
+
+def asked_of(job: Job, view: FleetView) -> CardsAsked:
+    """What a waiting job asks of the current fleet."""
+    me = waiting_of(vars(job), view.now)
+    gang = gang_of(me, view.cards.values()) or (me.gangs[0] if me.gangs and not me.alone else None)
+    if gang is None:
+        return CardsAsked(bytes=me.least if me.gangs else job.vram_needed)
+    return CardsAsked(bytes=least_need(me.methods, gang.need), cards=gang.cards, parallel=gang.parallel)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ from loractl.common.placement.refusals import most_usable, out_of_reach, with_la
 from loractl.common.placement.rule import jobs_by_user
 from loractl.common.placement.shares import Allowance, window_name
 from loractl.common.store.fleet import FleetView, avoided_by, paused
+from loractl.common.text import in_words, when_they_end
 from loractl.common.units import clock, duration, gib, hours
 
 from .cards import KEPT, SILENT_S, Asking, Chance, silent_s
-from .gangs import in_words, when_they_end
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job

@@ -15,8 +15,7 @@ from loractl.common.placement.duration import UNKNOWN_S
 from loractl.common.placement.gangs import may_share
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
-
-from .gangs import numbers, when_they_end
+from loractl.common.text import numbers, when_they_end
 
 if TYPE_CHECKING:
     from loractl.common.placement.card_hours import PastCardHours, QuotaMeter

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.job.status import Status
 from loractl.scheduler.status.job import JobState, state_of, trouble_on
 from loractl.scheduler.wait.cards import CardFit, card_fits
-from loractl.scheduler.wait.gangs import CardsAsked, asked_of
-from loractl.scheduler.wait.queue import reason, with_awaited
+from loractl.scheduler.wait.queue import CardsAsked, asked_of, reason, with_awaited
 from loractl.scheduler.wait.reasons import Tier, Wait
 from loractl.scheduler.wait.sooner import sooner
 from loractl.scheduler.wait.starts import LISTED_JOBS, ExpectedStart, ahead_of, reaches, read_outlook, why_unknown

@@ -23,10 +23,9 @@ from loractl.common.errors import Forbidden, WrongState
 from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.store.database import DatabaseError, make_engine
-from loractl.common.store.entrance import LOGIN, Invitation, invite
 from loractl.common.store.queries import changes, endings
 from loractl.common.store.records import Beat, Claim, Progress
-from loractl.common.store.roles import SUBMIT
+from loractl.common.store.roles import LOGIN, SUBMIT, Invitation, invite
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.units import GIB

@@ -16,8 +16,18 @@ from sqlalchemy.exc import DBAPIError
 
 from loractl.common.errors import Forbidden, UsageError, WrongState
 from loractl.common.store.database import make_engine
-from loractl.common.store.entrance import LOGIN, Invitation, entered, invite, look
-from loractl.common.store.roles import SUBMIT, WORK, WantedLogin, apply_roles, verifier
+from loractl.common.store.roles import (
+    LOGIN,
+    SUBMIT,
+    WORK,
+    Invitation,
+    WantedLogin,
+    apply_roles,
+    entered,
+    invite,
+    look,
+    verifier,
+)
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 

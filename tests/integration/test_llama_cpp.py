@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loractl.scheduler.adapters import llama_cpp
+from loractl.scheduler.adapters import runtimes
 from loractl.scheduler.adapters.runtimes import ARCHITECTURES, write_gguf
 
 from .test_adapter_forms import make_adapter
@@ -101,5 +101,5 @@ def test_llama_cpp_computes_what_peft_does(kind: str, tmp_path: Path, monkeypatc
     assert abs(of_llama_cpp(file, write_gguf(adapter, str(base), None)) - tuned).max() < 5e-3
     assert abs(tuned - bare).max() > 0.1, "the adapter changes something"
     if ARCHITECTURES[kind] == "llama":
-        monkeypatch.setattr(llama_cpp, "_in_its_order", lambda weights, heads: weights)
+        monkeypatch.setattr(runtimes, "_in_its_order", lambda weights, heads: weights)
         assert abs(of_llama_cpp(file, write_gguf(adapter, str(base), None)) - tuned).max() > 0.1

@@ -20,7 +20,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.model_card import Published, hub_card, lab_card
 from loractl.scheduler.cli.screen import Screen
 from loractl.scheduler.report.text import report_text
-from loractl.scheduler.web.pages.measures import digest
+from loractl.scheduler.web.pages.shelf import digest
 from loractl.worker.base.arithmetic import choose_precision, evaluating
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner, load_base, load_tokenizer

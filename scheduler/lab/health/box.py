@@ -16,7 +16,7 @@ from loractl.common.errors import WrongState
 from loractl.common.memory.config import hub_cache, hub_is_off
 from loractl.common.settings import Settings
 from loractl.common.units import GIB, amount
-from loractl.scheduler.database.backup import no_worker
+from loractl.scheduler.database.answer import no_worker
 
 from .condition import Condition, broken, fine, skipped, warning
 

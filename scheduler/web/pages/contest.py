@@ -13,7 +13,7 @@ from loractl.scheduler.compare.winner import SweepComparison
 from loractl.scheduler.report.answer import seen
 from loractl.scheduler.status.standing import short_keys, short_setting
 
-from .measures import UNREADABLE
+from .shelf import UNREADABLE
 
 if TYPE_CHECKING:
     from loractl.common.job.sweep import Member, SweepView

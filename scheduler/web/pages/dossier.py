@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from loractl.common.errors import LoractlError, SweepNotFound
 from loractl.common.job.status import STOPPED, Reason, Status
 from loractl.common.store.tables import Event
+from loractl.common.text import in_words
 from loractl.scheduler.compare.answer import flat_settings
 from loractl.scheduler.status.job import JobHistory, JobState, job_history, trouble_on
 from loractl.scheduler.wait.cards import SILENT_S, silent_s
-from loractl.scheduler.wait.gangs import in_words
 from loractl.scheduler.why.answer import Why, why
 
-from .measures import ReportDigest, digest
+from .shelf import ReportDigest, digest
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store

@@ -18,7 +18,7 @@ from loractl.scheduler.status.overview import Overview, overview
 from loractl.scheduler.wait.sooner import without_others
 
 from .drawing import card_parts
-from .measures import ReportDigest, digest
+from .shelf import ReportDigest, digest
 
 if TYPE_CHECKING:
     from loractl.common.store.fleet import FleetView

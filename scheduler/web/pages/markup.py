@@ -13,9 +13,8 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from loractl.common.text import clean_text, number, signed
+from loractl.common.text import clean_text, in_words, number, signed
 from loractl.common.units import GIB, amount, clock, duration, gib, thousands
-from loractl.scheduler.wait.gangs import in_words
 
 from . import drawing
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.errors import ArtifactError, LoractlError
 from loractl.scheduler.adapters.answer import AdapterList, StoredAdapter, adapter_list
 
-from .measures import UNREADABLE, ReportDigest, ReportedChange, digest
+from .shelf import UNREADABLE, ReportDigest, ReportedChange, digest
 
 if TYPE_CHECKING:
     from loractl.common.store.records import Page

@@ -22,7 +22,7 @@ from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.scheduler.cli.main import cli
-from loractl.scheduler.database.backup import back_up, restore
+from loractl.scheduler.database.answer import back_up, restore
 from loractl.worker.serving.library import Library
 
 from ... import services

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import datetime as dt
 
+from loractl.common.store.queries.outbox.notices import tell_of_jobs_out_of_reach
+
 from ...records import FleetTurn
 from ...tables import LEASES, FleetRound
 from ...transaction import Transaction
@@ -14,7 +16,6 @@ from ..changes import answer_wishes
 from ..followers import release_left
 from ..outbox.deliveries import tidy
 from ..outbox.notices import NEWS_S, tell_of_cancelled_sweeps, tell_of_changes, tell_of_silence
-from ..outbox.reach import tell_of_jobs_out_of_reach
 from ..usage import refresh_quotas
 from .nodes import read_cards
 

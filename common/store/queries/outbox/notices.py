@@ -1,23 +1,31 @@
-"""Messages to people, written in the transaction of what happened."""
+"""Messages to people, written in the transaction of what happened; and about jobs that no known card could ever hold:
+these after a while, unless a card that could comes, or the job changes."""
 
 from __future__ import annotations
 
 import datetime as dt
 import re
 import uuid
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from sqlalchemy import func, select, text
+from sqlalchemy import ColumnElement, String, case, cast, delete, exists, func, select, text
 
 from loractl.common.channels import LAB, names_in
+from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import SweepView
-from loractl.common.store.fleet import NODE_STALE_S
-from loractl.common.store.tables import OF_PEOPLE, AttemptShare, Event, Job, Node, OutboxMessage
+from loractl.common.placement.cards import Card
+from loractl.common.placement.lines import QueueKey
+from loractl.common.placement.refusals import most_usable, out_of_reach, with_labels
+from loractl.common.store.columns import part_of
+from loractl.common.store.fleet import NODE_STALE_S, waiting_of
+from loractl.common.store.tables import FREE, OF_PEOPLE, AttemptShare, Event, Job, Node, OutboxMessage
 from loractl.common.store.transaction import Transaction
 from loractl.common.text import clean_line, storable
 
+from ..jobs import read_job
+from ..lines import lines_of
 from ..sweeps import read_sweeps
 
 NEWS_S = 24 * 3600.0
@@ -172,3 +180,94 @@ def write(tx: Transaction, names: Iterable[str], news: News) -> None:
     same |= {"subject": subject, "text": advice, "due_at": now + dt.timedelta(seconds=news.later_s)}
     rows = [{**same, "message_id": f"msg_{uuid.uuid4().hex}", "channel": name} for name in dict.fromkeys(names)]
     tx.add_new(OutboxMessage, rows)
+
+
+GRACE_S = 600.0
+"""A box that is restarted, or a job that its owner edits at once, is no news."""
+
+
+KIND = "job.never"
+
+
+_AT_ONCE = 50
+
+
+_LIMIT = "its resources.max_vram is less than it needs with any method"
+
+
+_LINES = text(f'{lines_of(FREE)} SELECT "user", queue_key FROM lines').bindparams(most=2**31)  # noqa: S608  no input
+
+
+def tell_of_jobs_out_of_reach(tx: Transaction, cards: Collection[Card], now: dt.datetime) -> None:
+    """Report waiting jobs that none of these cards could ever hold, and withdraw what does not hold any more."""
+    _withdraw(tx, cards, now)
+    for job_id in _may_be_beyond(tx, cards):
+        tx.apart(job_id, lambda job_id=job_id: _tell_never(tx, job_id, cards, now))  # type: ignore[misc]
+
+
+def _withdraw(tx: Transaction, cards: Collection[Card], now: dt.datetime) -> None:
+    """Remove what was not sent yet and is no longer so."""
+    early = (OutboxMessage.kind == KIND, OutboxMessage.settled_at.is_(None), OutboxMessage.tries == 0)
+
+    def look(event: str, job_id: int) -> None:
+        if _why_never(read_job(tx, job_id), cards, now) is None:
+            tx.session.execute(delete(OutboxMessage).where(*early, OutboxMessage.event == event))
+
+    for event, job_id in tx.session.execute(select(OutboxMessage.event, OutboxMessage.job_id).where(*early)).all():
+        assert job_id is not None, "it is told of a job"
+        tx.apart(job_id, lambda event=event, job_id=job_id: look(event, job_id))  # type: ignore[misc]
+
+
+def _may_be_beyond(tx: Transaction, cards: Collection[Card]) -> Iterator[int]:
+    """Waiting jobs that name a channel and may be out of reach, the oldest of each line first."""
+    for user, key in tx.session.execute(_LINES).all() if cards else ():
+        condition = _beyond(key, cards)
+        if condition is None:
+            continue
+        untold = ~exists().where(OutboxMessage.event == _event_of_never())
+        named = part_of(Job.spec, "notify").like('["%')
+        mine = (text(FREE), Job.user == user, Job.queue_key == key, named, untold, condition)
+        yield from tx.session.scalars(select(Job.job_id).where(*mine).order_by(Job.job_id).limit(_AT_ONCE)).all()
+
+
+def _beyond(key: str, cards: Collection[Card]) -> ColumnElement[bool] | None:
+    """Which jobs under a key may be out of reach; None: none of them."""
+    parsed = QueueKey.parse(key)
+    if parsed.bound == 0:  # a need that is not known, or no method that its own limit admits
+        return cast(Job.methods, String) == "[]"
+    labelled = with_labels(cards, parsed.requires)
+    if not labelled:
+        return Job.job_id > 0
+    most = most_usable(labelled)
+    return None if most is None or parsed.bound <= most else Job.job_id > 0
+
+
+def _tell_never(tx: Transaction, job_id: int, cards: Collection[Card], now: dt.datetime) -> None:
+    job = read_job(tx, job_id)
+    why, names = _why_never(job, cards, now), names_in(job.spec)
+    if why is None or not names:
+        return
+    news = News(
+        event=f"job:{job.job_id}:never" if job.sweep_id is None else f"sweep:{job.sweep_id}:never",
+        kind=KIND,
+        job_id=job.job_id,
+        user=job.user,
+        subject=f"{job.name}: can never run, {why}",
+        advice=f"Job {job.job_id} of {job.user} waits for a card that the lab does not have: loractl why {job.job_id}",
+        later_s=GRACE_S,
+    )
+    write(tx, names, news)
+
+
+def _why_never(job: Job, cards: Collection[Card], now: dt.datetime) -> str | None:
+    """Why a job can never run as things are; None: it may, or waits no more."""
+    if job.status is not Status.QUEUED or job.held or job.awaits is not None:
+        return None
+    me = replace(waiting_of(vars(job), now), methods=tuple(Method(name) for name in job.methods))
+    return out_of_reach(me, cards) if me.methods else _LIMIT
+
+
+def _event_of_never() -> ColumnElement[str]:
+    """What `_tell_never` names the event: a hundred members of a sweep are one message."""
+    of_job, of_sweep = cast(Job.job_id, String), cast(Job.sweep_id, String)
+    return case((Job.sweep_id.is_(None), "job:" + of_job + ":never"), else_="sweep:" + of_sweep + ":never")

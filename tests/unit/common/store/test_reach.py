@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loractl.common.store.queries.outbox.reach import GRACE_S
+from loractl.common.store.queries.outbox.notices import GRACE_S
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 

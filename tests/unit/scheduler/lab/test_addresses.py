@@ -7,7 +7,7 @@ import grp
 import os
 from pathlib import Path
 
-from loractl.scheduler.lab.addresses import right_to_results
+from loractl.scheduler.lab.line import right_to_results
 
 
 def test_the_right_to_store_results_names_the_folder_s_group(tmp_path: Path) -> None:

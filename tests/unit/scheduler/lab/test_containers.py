@@ -13,7 +13,7 @@ import yaml
 
 from loractl.common.errors import LoractlError, WrongState
 from loractl.common.settings import load_settings
-from loractl.scheduler.lab.server_box import start_containers, write_compose
+from loractl.scheduler.lab.lab import start_containers, write_compose
 
 ROOT = Path(__file__).parents[4]
 DOCUMENTED = {

@@ -14,14 +14,14 @@ import pytest
 from loractl.common.artifacts import MARK
 from loractl.common.errors import UsageError, WrongState, WrongStore
 from loractl.common.settings import S3Keys, load_settings
-from loractl.scheduler.lab.addresses import (
+from loractl.scheduler.lab.join import unit_text
+from loractl.scheduler.lab.line import (
     LabAddresses,
     addresses_of,
     read_addresses,
     refuse_another_store,
     urls_with_certificates,
 )
-from loractl.scheduler.lab.join import unit_text
 from loractl.scheduler.lab.place import Membership, Place
 
 KEYS = S3Keys(access_key="loractl", secret_key="s3-secret", endpoint_url="http://10.0.0.5:7070", region="us-east-1")

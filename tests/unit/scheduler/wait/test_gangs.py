@@ -7,9 +7,10 @@ from typing import Any
 from loractl.common.job.method import Method
 from loractl.common.placement.rule import RESERVE_AFTER_S
 from loractl.common.store.fleet import waiting_of
+from loractl.common.text import in_short, in_words
 from loractl.common.units import GIB
 from loractl.scheduler.wait.cards import card_fits
-from loractl.scheduler.wait.gangs import asked_of, in_short, in_words
+from loractl.scheduler.wait.queue import asked_of
 from loractl.scheduler.wait.reasons import explain
 from loractl.scheduler.wait.starts import ahead_of
 
