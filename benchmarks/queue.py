@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loractl.common.job.status import Status
+from loractl.common.store.records import Choice, Page
 
 if TYPE_CHECKING:
     from loractl.common.settings import Settings
@@ -147,7 +148,7 @@ def _in_this_process(settings: Settings, store: Store, file: Path) -> float:
 
 def _ended(store: Store) -> Job:
     """The newest job, once the node has ended it and is idle again."""
-    newest = store.jobs.matching(limit=1)[0].job_id
+    newest = store.jobs.newest(Choice(), Page(limit=1))[0].job_id
     _until(lambda: store.jobs.get(newest).status is Status.FAILED)
     time.sleep(0.5)
     return store.jobs.get(newest)

@@ -22,7 +22,7 @@ from pathlib import Path
 from sqlalchemy import Engine, insert, select, text, update
 
 from loractl.common.job.status import Reason, Status
-from loractl.common.store.records import NodeState
+from loractl.common.store.records import Choice, NodeState, Page
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Adapter, Attempt, Event, Job
@@ -112,7 +112,7 @@ def _prepare(engine: Engine, filled: Callable[[Engine, Store, int], None], rows:
     _one(engine, store, 1)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("ANALYZE"))
-    return store.jobs.matching(limit=1)[0].job_id
+    return store.jobs.newest(Choice(), Page(limit=1))[0].job_id
 
 
 def _one(engine: Engine, store: Store, _: int) -> None:

@@ -7,6 +7,15 @@ from dataclasses import dataclass, replace
 
 from loractl.common.job.method import Method, Need, Roomy, RoomyForm
 
+LEAN = 2
+"""The first version whose steps are lean, unless a job asks for exact steps."""
+
+ENGINE = LEAN
+"""The version of the worker's training step, as far as its memory goes. 1 was transformers' Trainer. Raise it when
+the memory of steps changes: attempts of an older version teach nothing, and jobs of both are not alike. 0 are attempts
+of before revision 0041 that shared a trainer."""
+
+
 MIN_MEASURED = 3
 """Fewer attempts teach nothing about a family."""
 

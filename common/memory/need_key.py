@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.job.kinds import ANSWERS
 from loractl.common.job.sections import PromptTemplate
 
-from .engine import ENGINE
+from .correction import ENGINE
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec

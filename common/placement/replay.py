@@ -31,7 +31,6 @@ class ReplayedJob:
     waiting: Waiting
     seconds: float | None  # from its first step on, with a card of its own; None: not known, it never ends
     start_s: float = 0.0  # before its first step: imports, the base, the rows
-    save_s: float = 0.0  # of `seconds`, from one checkpoint to the next
     yields: bool = False  # gives way to much shorter jobs
     stop_s: float = STOP_COST_S  # of its card, lost each time that it gives way: checkpoint, load, steps run again
     stops: int = 0  # times that it gave way already
@@ -294,8 +293,8 @@ def _rest(asked: ReplayedJob, left: float, trains_s: float, took_s: float, now: 
     waiting, trained_s = asked.waiting, trains_s - left
     if trained_s <= 0:
         checkpoint_s = max(waiting.checkpoint_s or 0.0, TIME_GROWTH * took_s)
-    else:  # the first one, as often as it saves, or the last one
-        checkpoint_s = took_s * min(1.0, (asked.start_s + asked.save_s) / (asked.start_s + trained_s))
+    else:
+        checkpoint_s = took_s * asked.start_s / (asked.start_s + trained_s)
     share = min(1.0, left / trains_s) if trains_s else 1.0
     return replace(asked, seconds=asked.seconds * share, waiting=replace(waiting, checkpoint_s=checkpoint_s, again=now))
 

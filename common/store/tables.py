@@ -217,7 +217,7 @@ class Job(Base):
     lora_until: Mapped[Timestamp | None]  # until then it waits for a card that holds LoRA; null: it does not
     need_key: Mapped[str | None] = mapped_column(Characters(64))  # jobs with the same one need the same memory
     family: Mapped[str | None] = mapped_column(Characters(64))  # the base's model_type; null: not known on the client
-    engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it was planned for: common/memory/engine.py
+    engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it was planned for: see ENGINE
     # how several cards may divide it: {"alone": may one have it, "ways": [{"cards", "parallel", bytes by method}]}
     gangs: Mapped[dict[str, Any] | None] = mapped_column(  # null: one card is to have it
         Json(_WAYS, null=True, none_as_null=True)
@@ -349,7 +349,7 @@ class Attempt(Base):
     node: Mapped[str]
     gpu: Mapped[str]
     method: Mapped[str] = mapped_column(Characters(8))
-    engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it took: common/memory/engine.py
+    engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it took: see ENGINE
     vram_planned: Mapped[Bytes | None]
     vram_reserved: Mapped[Bytes | None]
     roomy: Mapped[bool | None]  # it was given the room to do without recomputing; null: an earlier version's

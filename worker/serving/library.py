@@ -21,7 +21,7 @@ from loractl.common.job.names import parse_reference
 from loractl.common.job.sections import DataFormat
 from loractl.common.job.spec import JobSpec
 from loractl.common.lab_store import open_lab_store
-from loractl.common.memory.engine import LEAN
+from loractl.common.memory.correction import LEAN
 from loractl.common.settings import Settings
 from loractl.common.store.columns import word
 from loractl.common.store.database import connect, reachable

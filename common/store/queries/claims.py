@@ -14,7 +14,7 @@ from sqlalchemy import func, select
 from loractl.common.job.adjustment import Adjustment, adjusted, in_its_room
 from loractl.common.job.method import Method, Need, Roomy, RoomyForm, permitted_methods
 from loractl.common.job.status import Stage, Status
-from loractl.common.memory.engine import ENGINE
+from loractl.common.memory.correction import ENGINE
 from loractl.common.placement.cards import Card, could_start, least_limit
 from loractl.common.placement.gangs import may_share
 from loractl.common.placement.lines import Queue, Without, own_key

@@ -15,8 +15,7 @@ from sqlalchemy.types import NullType
 from loractl.common.errors import JobNotFound
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
-from loractl.common.memory.correction import Measured
-from loractl.common.memory.engine import ENGINE
+from loractl.common.memory.correction import ENGINE, Measured
 from loractl.common.units import LAST_NUMBER
 
 from ..columns import FIRST_TIME
@@ -69,20 +68,13 @@ def matching(
     *,
     statuses: Sequence[Status] = (),
     user: str | None = None,
-    label: tuple[str, str] | None = None,
-    ended_since: dt.datetime | None = None,
     sweep_id: int | None = None,
-    limit: int | None = None,
 ) -> Select[Job]:
     """Jobs that match every given filter, newest first."""
-    query = select(Job).where(*_chosen(Choice(user=user, label=label))).order_by(Job.job_id.desc())
+    query = select(Job).where(*_chosen(Choice(user=user))).order_by(Job.job_id.desc())
     if statuses:
         query = query.where(Job.status.in_(statuses))
-    if ended_since:
-        query = query.where(Job.ended_at >= ended_since)
-    if sweep_id is not None:
-        query = query.where(Job.sweep_id == sweep_id)
-    return query.limit(limit)
+    return query if sweep_id is None else query.where(Job.sweep_id == sweep_id)
 
 
 def read_numbered(tx: Transaction, job_ids: Collection[int]) -> dict[int, Job]:

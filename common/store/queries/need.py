@@ -15,8 +15,7 @@ from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method, Need, Roomy, RoomyForm, SharedNeed, Ways, within
 from loractl.common.job.status import Status
-from loractl.common.memory.correction import FACTOR_BOUNDS, GROWTH, Measured
-from loractl.common.memory.engine import ENGINE
+from loractl.common.memory.correction import ENGINE, FACTOR_BOUNDS, GROWTH, Measured
 from loractl.common.placement.gangs import gang_of
 from loractl.common.units import GIB, gib
 

@@ -15,7 +15,7 @@ from loractl.common.errors import SweepNotFound, ValueRefused, WrongState
 from loractl.common.job.method import Method
 from loractl.common.job.status import TRANSITIONS, Reason, Status
 from loractl.common.job.sweep import NewSweep, setting
-from loractl.common.memory.engine import ENGINE
+from loractl.common.memory.correction import ENGINE
 from loractl.common.placement.duration import extent_of
 from loractl.common.placement.lines import RESULT_FIRST_S
 from loractl.common.text import clean_line, storable

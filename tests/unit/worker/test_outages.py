@@ -14,7 +14,7 @@ from sqlalchemy import text
 from loractl import __version__
 from loractl.common.errors import SchemaMismatch
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.memory.engine import ENGINE
+from loractl.common.memory.correction import ENGINE
 from loractl.worker.attempt.trainer_run import CHECKPOINT_GRACE_S
 from loractl.worker.protocol.messages import Ended, Start
 from loractl.worker.recipe.orders import StopOrder

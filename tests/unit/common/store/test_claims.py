@@ -13,7 +13,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.settings import LEASE_S
 from loractl.common.store.queries.cards.shares import lock
-from loractl.common.store.records import Claim, Left, Progress, StoredCheckpoint
+from loractl.common.store.records import Choice, Claim, Left, Page, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 
@@ -217,14 +217,13 @@ def test_jobs_are_listed_newest_first_and_by_every_filter(timed: Store, clock: C
     third = timed.jobs.submit(submission(user="ada"))
     timed.jobs.cancel(first, "ada")
     assert [j.job_id for j in timed.jobs.matching()] == [third, second, first]
-    assert [j.job_id for j in timed.jobs.matching(limit=1)] == [third]
     assert [j.job_id for j in timed.jobs.matching(user="ada")] == [third, first]
     assert [j.job_id for j in timed.jobs.matching(statuses=[Status.QUEUED])] == [third, second]
-    assert [j.job_id for j in timed.jobs.matching(label=("team", "vision"))] == [second]
-    assert [j.job_id for j in timed.jobs.matching(label=("a.b", "1"))] == [first]
-    assert timed.jobs.matching(label=("team", "audio")) == []
-    assert [j.job_id for j in timed.jobs.matching(ended_since=clock.now)] == [first]
-    assert timed.jobs.matching(ended_since=clock.now + dt.timedelta(seconds=1)) == []
+    of_label = {label: timed.jobs.newest(Choice(label=("team", label)), Page()) for label in ("vision", "audio")}
+    assert [j.job_id for j in of_label["vision"]] == [second] and of_label["audio"] == []
+    assert [j.job_id for j in timed.jobs.newest(Choice(label=("a.b", "1")), Page())] == [first]
+    assert [j.job_id for j in timed.jobs.ended(clock.now, 5)] == [first]
+    assert timed.jobs.ended(clock.now + dt.timedelta(seconds=1), 5) == []
 
 
 def test_a_number_that_was_never_given_is_no_job(store: Store) -> None:

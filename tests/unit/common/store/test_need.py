@@ -14,8 +14,7 @@ from sqlalchemy.orm import Session
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method, Need
 from loractl.common.job.status import Reason, Status
-from loractl.common.memory.correction import FACTOR_BOUNDS, GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
-from loractl.common.memory.engine import ENGINE
+from loractl.common.memory.correction import ENGINE, FACTOR_BOUNDS, GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
 from loractl.common.memory.need_key import need_key
 from loractl.common.memory.plan import predict
 from loractl.common.store.queries.need import LEAST_SHARE, OUTSIDER_SHARE
