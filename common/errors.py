@@ -32,6 +32,8 @@ import enum
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .text import without_passwords
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -48,11 +50,12 @@ class ExitCode(enum.IntEnum):
 
 
 class LoractlError(Exception):
-    """A problem with one sentence for people and a hint with the next step."""
+    """A problem with one sentence for people and a hint with the next step. Neither shows the password of a URL."""
 
     exit_code = ExitCode.FAILED
 
     def __init__(self, sentence: str, hint: str | None = None) -> None:
+        sentence, hint = without_passwords(sentence), None if hint is None else without_passwords(hint)
         super().__init__(sentence)
         self.sentence = sentence
         self.hint = hint

@@ -1,8 +1,9 @@
-"""Text that is safe to show and to store: nothing in it steers a terminal, and a database can hold all of it; and how
-numbers, cards and jobs are written in a sentence or a table."""
+"""Text that is safe to show and to store: nothing in it steers a terminal, a database can hold all of it, and no URL in
+it shows a password; and how numbers, cards and jobs are written in a sentence or a table."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -21,6 +22,21 @@ def clean_line(text: str) -> str:
 def storable(text: str) -> str:
     """The text without what PostgreSQL or UTF-8 can't hold: zero bytes and lone surrogates."""
     return text.replace("\0", REPLACEMENT).encode("utf-8", "replace").decode("utf-8")
+
+
+_SECRETS = (
+    (re.compile(r"(:/{1,2}[^\s:/@]*):(?!PASSWORD@|\d{1,5}(?:[/?#\s]|$))\S*@"), r"\1:***@"),  # no example, no port
+    (re.compile(r"(https?:/{1,2})[^\s:/@]+@"), r"\1***@"),  # a token
+    (re.compile(r"([?&][\w-]*(?:password|token|secret|signature)=)[^&\s]+", re.IGNORECASE), r"\1***"),
+)
+
+
+def without_passwords(text: str) -> str:
+    """The text with the passwords and tokens of all URLs in it as ***."""
+    if ":/" in text:  # a path has one slash
+        for secret, shown in _SECRETS:
+            text = secret.sub(shown, text)
+    return text
 
 
 def number(value: float | None, digits: int) -> str:

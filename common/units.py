@@ -46,10 +46,14 @@ def parse_size(text: str | int) -> int:
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     units = {name.lower(): factor for name, factor in _BYTES.items()}
     if match is None or match[2].lower() not in units:
-        raise ValueError("is not a size; write it like 12GiB or 800MiB")
+        raise ValueError(f"is not a size{_sign(text)}; write it like 12GiB or 800MiB")
     if not match[2] and 0 < float(match[1]) < LEAST_WITHOUT_UNIT:
         raise ValueError(f"is not a size: it has no unit; write {match[1]}GiB or {match[1]}MiB")
     return int(float(match[1]) * units[match[2].lower()])
+
+
+def _sign(text: str | float) -> str:
+    return ": it is below zero" if re.match(r"\s*[-\N{MINUS SIGN}]\s*\d", str(text)) else ""
 
 
 def size_of(source: str, text: str) -> int:
@@ -76,7 +80,7 @@ def parse_duration(text: str | int | float) -> float:
         return float(compact)
     parts = re.findall(r"(\d{1,18}(?:\.\d+)?)(min|[smhd])", compact)
     if not parts or "".join(a + b for a, b in parts) != compact:
-        raise ValueError("is not a duration; write it like 90s, 30m, 2h or 1h30m")
+        raise ValueError(f"is not a duration{_sign(text)}; write it like 90s, 30m, 2h or 1h30m")
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,10 @@ def read_documents(path: Path, what: str = JOB_FILE) -> list[Document]:
         )
     try:
         text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise wrong("is not UTF-8 text") from None
+    except UnicodeDecodeError as error:
+        others = "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin-1"
+        way = f"save it as UTF-8, or convert it: iconv -f {others} -t utf-8 {path.name}"
+        raise wrong("is not UTF-8 text", way, line=raw.count(b"\n", 0, error.start) + 1) from None
     try:
         documents = _documents(text)
     except yaml.MarkedYAMLError as error:
@@ -78,12 +82,18 @@ def read_documents(path: Path, what: str = JOB_FILE) -> list[Document]:
         other = f"{what} is YAML" + (f", like {EXAMPLE}" if ours else "")
         hint = _slip(error) if path.suffix in (".yaml", ".yml") else other
         raise wrong(f"is not valid YAML: {error.problem or error}", hint, line=line) from None
+    except yaml.reader.ReaderError as error:
+        at = text.count("\n", 0, error.position) + 1
+        raise wrong(f"holds a character that no text has, U+{error.character:04X}", "delete it", line=at) from None
     except yaml.YAMLError as error:
         raise wrong(f"is not valid YAML: {error}") from None
     found: list[Document] = []
     for lines, tree in documents:
         if not isinstance(tree, dict):
-            raise wrong("is empty or not a mapping of keys", f"start from {EXAMPLE}" if ours else None)
+            if tree is None:
+                raise wrong("is empty", f"start from {EXAMPLE}" if ours else None)
+            kind = "a list" if isinstance(tree, list) else "one text"
+            raise wrong(f"is {kind}, not keys", "write a colon and a space after each key, like name: mine")
         found.append((tree, lines))
     return found
 
@@ -92,6 +102,7 @@ _SLIPS = {
     "expected <block end>": "the keys of one section begin in the same column",
     "mapping values are not allowed": "here or one line above: a missing colon, a key in the wrong column, or an "
     "unquoted text with a colon",
+    "found unhashable key": "a key is one text; a value that begins with a bracket or a brace goes into quotes",
     "could not find expected ':'": "write a colon and a space after a key, like name: mine",
     "expected ',' or": "the bracket of line {line} is not closed",
     "found unexpected end of stream": "the quote of line {line} is not closed",
@@ -130,7 +141,15 @@ def _documents(text: str) -> list[tuple[dict[tuple[str, ...], int], Any]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader. It refuses whole numbers that are too long for Python to print."""
+    """YAML's safe loader. Keys are the text as written, also 1, true and ~. It refuses whole numbers that are too long
+    for Python to print."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        self.flatten_mapping(node)
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = self.DEFAULT_SCALAR_TAG
+        return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(str(node.value)) > MAX_DIGITS:

@@ -45,6 +45,7 @@ _KNOWN_AS = {
     "lora_dropout": "lora.lora_dropout",
     "target_modules": "lora.target_modules",
     "lora_target": "lora.target_modules",
+    "epoch": "training.num_train_epochs",
     "epochs": "training.num_train_epochs",
     "num_epochs": "training.num_train_epochs",
     "steps": "training.max_steps",
@@ -52,6 +53,7 @@ _KNOWN_AS = {
     "batch_size": "training.per_device_train_batch_size",
     "micro_batch_size": "training.per_device_train_batch_size",
     "grad_accum": "training.gradient_accumulation_steps",
+    "warmup": "training.warmup_steps",
     "warmup_ratio": "training.warmup_steps",
     "scheduler": "training.lr_scheduler_type",
     "optimizer": "training.optim",
@@ -391,7 +393,7 @@ def _resolve_paths(spec: JobSpec, folder: Path, known: Container[str] = ()) -> J
     """Local paths become absolute; a name without a file next to the job file stays as it is (a hub id)."""
 
     def local(text: str) -> str:
-        if text in known:
+        if text in known or "://" in text:
             return text
         looks_local = text.startswith((".", "/", "~")) or Path(text).suffix.lower() in DATA_SUFFIXES
         try:

@@ -13,7 +13,7 @@ import click
 
 from loractl import __version__
 from loractl.common.errors import ExitCode, LoractlError, SpecError, UsageError
-from loractl.common.text import clean_text
+from loractl.common.text import clean_text, without_passwords
 
 from .lazy import Commands, LazyGroup
 
@@ -150,9 +150,8 @@ def main() -> NoReturn:
         sys.exit(ExitCode.USAGE)
     except click.ClickException as wrong:
         said = wrong.format_message().replace("\n\t", " ")  # click puts each choice on a separate line
-        click.echo(f"Error: {said}", err=True)
-        if isinstance(wrong, click.UsageError) and wrong.ctx is not None and "\nHint: " not in said:
-            click.echo(f"Hint: {wrong.ctx.command_path} --help", err=True)
+        context = None if "\nHint: " in said else getattr(wrong, "ctx", None)
+        _print_sentences(said, None if context is None else f"{context.command_path} --help")
         sys.exit(ExitCode.USAGE)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
@@ -174,8 +173,7 @@ def _unexpected(error: Exception) -> ExitCode:
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         _print_error(UsageError(f"{error.filename!s:.60}... is too long: no file has such a name", "check that path"))
         return ExitCode.USAGE
-    click.echo(f"Error: {type(error).__name__}: {error}", err=True)
-    click.echo("Hint: this is a fault of loractl; loractl --debug ... shows where", err=True)
+    _print_sentences(f"{type(error).__name__}: {error}", "this is a fault of loractl; loractl --debug ... shows where")
     return ExitCode.FAILED
 
 
@@ -188,6 +186,5 @@ def _print_error(error: LoractlError) -> None:
 
 
 def _print_sentences(sentence: str, hint: str | None) -> None:
-    click.echo(clean_text(f"Error: {sentence}"), err=True)  # a sentence may repeat what a file holds
-    if hint:
-        click.echo(clean_text(f"Hint: {hint}"), err=True)
+    lines = [f"Error: {sentence}", *([f"Hint: {hint}"] if hint else [])]
+    click.echo(clean_text(without_passwords("\n".join(lines))), err=True)  # a sentence may repeat what a file holds

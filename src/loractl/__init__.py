@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # typing is slow to import, and until the command line begins, a Ctrl-C is a traceback
 if TYPE_CHECKING:
     from loractl.scheduler.python.lab import Lab
 

@@ -92,6 +92,11 @@ MISTAKES = [
         "job.yaml:3: dataset.format: classification is for task_type: SEQ_CLS",
         job=GOOD.replace("data.jsonl", "data.jsonl, format: classification"),
     ),
+    Mistake(
+        "a base with a password",
+        "base_model https://ada:***@hub/x is neither",
+        job=GOOD.replace("gpt2", "https://ada:hunter2@hub/x"),
+    ),
     Mistake("tabs", "job.yaml:5: tab character not allowed", job=GOOD + "training:\n\tmax_steps: 3\n"),
     Mistake("a full fine-tune", "trains only adapters, never all weights", job=GOOD + "method: full\n"),
     Mistake(

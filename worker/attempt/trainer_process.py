@@ -11,6 +11,7 @@ import sys
 import threading
 from typing import IO, Protocol
 
+from loractl.common.text import without_passwords
 from loractl.worker.device.occupancy import end_leftovers
 from loractl.worker.protocol.messages import Order, Told, encode, told_in
 
@@ -89,7 +90,7 @@ class TrainerProcess:
 
     def _read_log(self, pipe: IO[str]) -> None:
         while line := pipe.readline(CHUNK):
-            self._log.put(line)
+            self._log.put(without_passwords(line))  # a tracker's client repeats its address
 
 
 KILL_S = 5.0

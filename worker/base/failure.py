@@ -6,6 +6,7 @@ import errno
 
 from loractl.common.errors import LoractlError
 from loractl.common.job.status import Reason
+from loractl.common.text import without_passwords
 from loractl.worker.protocol.exit_reason import card_error
 
 NO_COMPILER = ("No working C++ compiler found", "Failed to find C compiler")
@@ -47,4 +48,4 @@ def explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
         )
     if (said := card_error(text)) is not None:
         return said
-    return Reason.TRAINER_ERROR, f"{type(error).__name__}: {first}"
+    return Reason.TRAINER_ERROR, without_passwords(f"{type(error).__name__}: {first}")

@@ -31,7 +31,7 @@ from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import Settings, load_settings, make_private, pace_of
 from loractl.common.store.database import CONNECTIONS, NODE_IDLE_S, REFUSALS, connect, make_engine, told_by
 from loractl.common.store.store import Store
-from loractl.common.text import clean_text
+from loractl.common.text import clean_text, without_passwords
 from loractl.worker.attempt.patience import Patience
 from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Drain, Workplace
@@ -301,10 +301,11 @@ class LogHandler(logging.StreamHandler[IO[str]]):
 
 
 class _CleanFormatter(logging.Formatter):
-    """Removes control characters: a model's error may contain ones that would steer the owner's terminal."""
+    """Removes passwords of URLs, and control characters: a model's error may contain ones that would steer the owner's
+    terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return clean_text(super().format(record))
+        return clean_text(without_passwords(super().format(record)))
 
 
 def main() -> None:

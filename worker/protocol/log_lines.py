@@ -6,13 +6,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from loractl.common.text import clean_line
+from loractl.common.text import clean_line, without_passwords
 from loractl.common.units import duration
 
 
 def log_line(stage: str, text: str) -> str:
     """A line with its end: the time on the box, the stage, the text."""
-    return f"{time.strftime('%H:%M:%S')} {stage:<10} {clean_line(text)}\n"
+    return f"{time.strftime('%H:%M:%S')} {stage:<10} {clean_line(without_passwords(text))}\n"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -45,6 +46,12 @@ def test_a_size_is_read_with_binary_and_decimal_units(text: str | int, size: int
 def test_what_is_no_size_is_refused_with_the_right_form(text: str) -> None:
     with pytest.raises(ValueError, match="write it like 12GiB"):
         parse_size(text)
+
+
+@pytest.mark.parametrize("parse", [parse_size, parse_duration])
+def test_a_sign_is_named(parse: Callable[[str], float]) -> None:
+    with pytest.raises(ValueError, match="is below zero; write it like"):
+        parse("-5m")
 
 
 @pytest.mark.parametrize("text", ["12", 12, "1.5", "1048575"])

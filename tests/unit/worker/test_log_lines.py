@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
+from types import SimpleNamespace
+from typing import Any, cast
 
+from loractl.worker.attempt.log import LogBook
+from loractl.worker.attempt.trainer_process import TrainerProcess
 from loractl.worker.protocol.log_lines import Pace, begin_text, evaluation_text, log_line, step_texts
 
 FAR = Pace(step=1584, total_steps=3000, step_seconds=5.06, tokens_per_second=1434.4, left_seconds=7080)
@@ -28,4 +33,13 @@ def test_a_line_leaves_out_what_is_not_known_yet() -> None:
 def test_the_first_line_says_whether_it_resumes_and_no_text_steers_a_terminal() -> None:
     assert begin_text(0, 8) == "trains: 8 steps, the first one takes longest"
     assert begin_text(4, 8) == "trains: 8 steps, continues after step 4"
+    assert log_line("a", "of redis://:hunter2@db/0").endswith("of redis://:***@db/0\n")
     assert "\x1b" not in log_line("warning", "red\x1b[31m\ntext") and log_line("a", "b\nc").count("\n") == 1
+
+
+def test_what_a_tracker_prints_comes_into_the_log_without_its_password() -> None:
+    log, ended = io.StringIO(), SimpleNamespace(stdout=io.StringIO(), stderr=io.StringIO("to https://a:hunter2@b\n"))
+    trainer = TrainerProcess(cast(Any, ended), 1, "run", log, LogBook())
+    for reader in trainer._readers:
+        reader.join()
+    assert log.getvalue() == "to https://a:***@b\n"

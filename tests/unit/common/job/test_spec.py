@@ -532,21 +532,48 @@ def test_a_slip_in_yaml_is_told_in_plain_words(tmp_path: Path, text: str, line: 
     assert problem.line == line and hint in str(problem.hint)
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "just text\n"])
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
 def test_a_file_without_keys_points_at_an_example(tmp_path: Path, text: str) -> None:
     problem = only(write(tmp_path, text))
-    assert problem.what == "is empty or not a mapping of keys"
-    assert problem.hint == "start from examples/helpdesk-lora.yaml"
+    assert (problem.what, problem.hint) == ("is empty", "start from examples/helpdesk-lora.yaml")
     assert (Path(__file__).parents[4] / "examples" / "helpdesk-lora.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "what"), [("- a\n- b\n", "a list"), ("just text\n", "one text"), ("name:a\nmethod:lora\n", "one text")]
+)
+def test_a_file_of_something_else_is_told_how_keys_are_written(tmp_path: Path, text: str, what: str) -> None:
+    problem = only(write(tmp_path, text))
+    assert problem.what == f"is {what}, not keys"
+    assert problem.hint == "write a colon and a space after each key, like name: mine"
+
+
 def test_a_file_that_cannot_be_a_job_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    latin = tmp_path / "latin.yaml"
-    latin.write_bytes("name: Büro\n".encode("latin-1"))
-    assert only(latin).what == "is not UTF-8 text"
+    for encoding in ("latin-1", "utf-16"):
+        other = tmp_path / f"{encoding}.yaml"
+        other.write_bytes("method: lora\nname: Büro\n".encode(encoding))
+        problem = only(other)
+        assert problem.what == "is not UTF-8 text"
+        assert str(problem.hint).endswith(f"iconv -f {encoding} -t utf-8 {encoding}.yaml")
+    assert only(tmp_path / "latin-1.yaml").line == 2
+    problem = only(write(tmp_path, 'name: a\nrevision: "a\0b"\n'))
+    assert (problem.line, problem.what) == (2, "holds a character that no text has, U+0000")
     problem = only(tmp_path)
     assert (problem.what, problem.hint) == ("is a folder, not a job file", "name one file in it")
     assert only(tmp_path / "absent.yaml").what == "no such file"
+
+
+@pytest.mark.parametrize("key", ["1", "~", "true", "2026-01-01"])
+def test_a_key_is_the_text_that_is_written(tmp_path: Path, key: str) -> None:
+    problem = only(write(tmp_path, MINIMAL + f"{key}: x\n"))
+    assert (problem.line, problem.key, problem.what) == (4, key, "unknown key")
+    assert load_spec(write(tmp_path, MINIMAL + f"labels: {{{key}: x}}\n")).labels == {key: "x"}
+
+
+@pytest.mark.parametrize("line", ["[a, b]: x", "name: {{ name }}"])
+def test_a_list_or_braces_as_a_key_are_told_how_to_be_written(tmp_path: Path, line: str) -> None:
+    problem = only(write(tmp_path, f"method: lora\n{line}\n"))
+    assert problem.line == 2 and "begins with a bracket or a brace goes into quotes" in str(problem.hint)
 
 
 def test_a_file_over_the_size_limit_is_taken_for_data(tmp_path: Path) -> None:

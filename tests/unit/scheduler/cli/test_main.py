@@ -100,7 +100,7 @@ def test_no_command_s_help_imports_the_training_stack() -> None:
 SCRIPT = tomllib.loads((Path(__file__).parents[4] / "pyproject.toml").read_text())["project"]["scripts"]["loractl"]
 
 
-@pytest.mark.parametrize("module", ["click", "loractl.scheduler.cli.lazy", "loractl.common.errors"])
+@pytest.mark.parametrize("module", ["typing", "click", "loractl.scheduler.cli.lazy", "loractl.common.errors"])
 def test_a_ctrl_c_while_the_command_is_imported_ends_it_without_a_traceback(module: str) -> None:
     where, _, name = SCRIPT.partition(":")
     interrupted = f"""
