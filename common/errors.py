@@ -13,6 +13,7 @@ LoractlError                    1  failed
 ├── Forbidden                   1  the database's user has no right to do that
 ├── ValueRefused                1  the database refuses a value that its column may not hold
 ├── NameTaken                   1  another box has this one's name
+├── CardTaken                   1  another worker serves the card under another name
 ├── SchemaMismatch              1  the database is older or newer than this loractl
 │   └── SchemaTooOld            1  it is older than any that this loractl upgrades
 ├── ArtifactError               1  an artifact can't be written or does not match its manifest
@@ -211,6 +212,15 @@ class NameTaken(LoractlError):
         super().__init__(
             f"another box is named {host} and serves its device {index}",
             "give each its own name: LORACTL_HOST=...; in a copied LORACTL_HOME, delete run/instance",
+        )
+
+
+class CardTaken(LoractlError):
+    """Another live node serves the same card under another name: each would promise memory that the other has."""
+
+    def __init__(self, node: str, server: str) -> None:
+        super().__init__(
+            f"{server} serves the card of {node}", "stop one of the two workers, or divide the cards: --gpus"
         )
 
 

@@ -183,6 +183,7 @@ class Arrival:
 
     given_back: tuple[int, ...] = ()  # jobs that an earlier node of this very boot left running
     seen_at: dt.datetime | None = None  # a node of another boot of this machine was seen then: it may be alive
+    server: str | None = None  # that node, if it serves this card under another name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import IO, Any
 
-from loractl.common.errors import Forbidden, LoractlError, NameTaken, SchemaMismatch
+from loractl.common.errors import CardTaken, Forbidden, LoractlError, NameTaken, SchemaMismatch
 from loractl.common.placement.cards import default_max_jobs
 from loractl.common.placement.lines import VRAM_CLASSES
 from loractl.common.queue.app import make_app
@@ -212,15 +212,17 @@ class DeviceNode:
         """Write the device's row, which a claim needs, and give back jobs that an earlier node of this device left
         running.
 
-        The lock shows that no process of that node is alive, but only on this machine. Raises NameTaken.
+        The lock shows that no process of that node is alive, but only on this machine. Raises NameTaken, CardTaken.
         """
         end_all(self._place)
         connect(self._settings).dispose()  # checks that the schema is of this version
         first = arrival = self._row.arrive()
         while arrival.seen_at is not None:  # until the other node has been silent for so long that its row is free
+            node, server = self._place.node, arrival.server
             if arrival.seen_at != first.seen_at:
-                raise NameTaken(self._place.node)
-            log.warning("%s was just served, before this machine's last start or on a copy of it", self._place.node)
+                raise NameTaken(node) if server is None else CardTaken(node, server)
+            how = "before this machine's last start or on a copy of it" if server is None else f"as {server}"
+            log.warning("%s was just served, %s", node, how)
             self._place.clock.sleep(AGAIN_S)
             arrival = self._row.arrive()
         for job_id in arrival.given_back:

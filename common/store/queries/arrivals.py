@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+
 from sqlalchemy import select
 
 from loractl.common.errors import NameTaken
@@ -19,6 +21,8 @@ def arrive(tx: Transaction, state: NodeState) -> Arrival:
 
     With `seen_at` in the answer nothing was done yet.
     """
+    if (other := _server_of(tx, state)) is not None:
+        return Arrival(seen_at=other.seen_at, server=other.node)
     now, me = tx.now(), identity(state)
     # first, so that of two new nodes with one name the second waits here, and then finds the first
     tx.add_new(Node, [{**vars(state), "seen_at": now, "free": 0}])
@@ -34,3 +38,14 @@ def arrive(tx: Transaction, state: NodeState) -> Arrival:
     if it.instance != me.instance or it.machine not in (None, me.machine):
         raise NameTaken(state.node)
     return Arrival(seen_at=row.seen_at)
+
+
+def _server_of(tx: Transaction, state: NodeState) -> Node | None:
+    """A live node of another name that serves the same card: each would promise the memory that the other has promised.
+    Simulated cards and processors have no number that is theirs alone."""
+    if not state.gpu.startswith(("GPU-", "MIG-")):
+        return None
+    tx.wait_for(f"card {state.gpu}")  # of two that arrive at once the second finds the first
+    same = select(Node).where(Node.gpu == state.gpu, Node.node != state.node)
+    live = same.where(Node.seen_at >= tx.now() - dt.timedelta(seconds=NODE_STALE_S))
+    return tx.session.scalars(live.order_by(Node.seen_at.desc()).limit(1)).first()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loractl.common.errors import ExitCode
+from loractl.common.errors import CardTaken, ExitCode
 from loractl.common.queue.valkey import broker_url, embedded_runs, stop_embedded
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import connect
@@ -24,6 +24,7 @@ from loractl.worker.node import box
 from loractl.worker.node.box import Box
 from loractl.worker.node.lock import DeviceLock, read_identity
 
+from ...held_lab import HeldLab, ShownCard
 from ..factories import node_state
 
 DEVICE = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
@@ -101,3 +102,12 @@ def test_a_worker_of_another_home_is_told_that_it_shares_the_processor(
     assert "a worker of another LORACTL_HOME serves this processor, too" in caplog.text
     for lock in locks:
         lock.close()
+
+
+def test_a_worker_is_refused_a_card_that_another_serves_under_another_name(held: HeldLab) -> None:
+    heron, owl = ({"LORACTL_HOST": name, "LORACTL_HOME": str(held.folder / name)} for name in ("heron", "owl"))
+    held.start(devices=[ShownCard()], **heron)
+    with pytest.raises(CardTaken, match="heron:0 serves the card of owl:0"):
+        held.start(devices=[ShownCard()], **owl)
+    held.stop()
+    held.start(devices=[ShownCard()], **owl)

@@ -111,6 +111,30 @@ def test_of_boxes_that_start_together_with_one_name_one_serves(store: Store) -> 
     assert store.cards.nodes()[0].instance == f"home {served[0]}"
 
 
+def test_of_workers_that_start_together_on_one_card_under_several_names_one_serves(timed: Store, clock: Clock) -> None:
+    """Each would promise the whole card, as in two containers of one machine."""
+    start, servers = threading.Barrier(6), dict[str, str | None]()
+
+    def arrive(host: str) -> None:
+        start.wait()
+        servers[host] = timed.cards.arrive(node_state(f"{host}:0", gpu="GPU-1")).server
+
+    hosts = [f"box-{number}" for number in range(6)]
+    threads = [threading.Thread(target=arrive, args=(host,)) for host in hosts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (served,) = (host for host, server in servers.items() if server is None)
+    assert {server for host, server in servers.items() if host != served} == {f"{served}:0"}
+    assert [node.host for node in timed.cards.nodes()] == [served]
+    clock.forward(NODE_STALE_S + 1)
+    last = next(host for host in hosts if host != served)
+    assert timed.cards.arrive(node_state(f"{last}:0", gpu="GPU-1")).server is None, "nobody serves it by now"
+    for host in ("heron", "owl"):
+        assert timed.cards.arrive(node_state(f"{host}:0", gpu="SIM-0")).server is None, "one number for all of them"
+
+
 def test_a_silent_box_is_forgotten_once_no_job_counts_as_running_there(timed: Store, clock: Clock) -> None:
     claim = run(timed)
     timed.cards.see(node_state("heron:1"))
