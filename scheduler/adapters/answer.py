@@ -5,21 +5,17 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from loractl.common.adapter_config import CONFIG, check_adapter_config, check_adapter_weights
-from loractl.common.artifacts import WEIGHTS, attempt_prefix
+from loractl.common.artifacts import WEIGHTS, ArtifactStore, Binding, Manifest, attempt_prefix
 from loractl.common.binding import result_binding
 from loractl.common.errors import UsageError
 from loractl.common.job.names import LATEST, parse_reference
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from loractl.common.artifacts import ArtifactStore, Binding, Manifest
-    from loractl.common.store.records import Page
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import Adapter, Job
+from loractl.common.store.records import Page
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Adapter, Job
 
 
 @dataclass(frozen=True, kw_only=True)

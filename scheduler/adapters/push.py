@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.adapter_config import CONFIG, LINEAGE, SUFFIXES, portable_name
 from loractl.common.artifacts import ArtifactStore, Binding
@@ -17,17 +17,15 @@ from loractl.common.binding import result_binding
 from loractl.common.errors import ArtifactError, LoractlError, UsageError, WrongState
 from loractl.common.job.ancestor import ancestor_job
 from loractl.common.job.names import is_hub_data, is_hub_id
+from loractl.common.job.spec import JobSpec
 from loractl.common.model_card import License, Published, hub_card
 from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.common.units import amount
 from loractl.scheduler.report.answer import report
 
 from . import hub
 from .answer import pull_adapter, stored_adapter
-
-if TYPE_CHECKING:
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.store.tables import Job
 
 Note = Callable[[str], None]
 """Takes a sentence that a person should read before the push."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.text import clean_line
 from loractl.common.units import amount, clock
 from loractl.scheduler.cli.screen import Screen, fit, table
 
-if TYPE_CHECKING:
-    from .answer import AdapterList, Lineage
+from .answer import AdapterList, Lineage
 
 
 def adapters_text(answer: AdapterList, screen: Screen) -> str:

@@ -10,8 +10,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loractl.common.artifacts import ArtifactStore
 from loractl.common.channels import unknown_names
 from loractl.common.errors import UsageError, WrongState
 from loractl.common.job.file import amended_spec, override_spec
@@ -23,20 +24,16 @@ from loractl.common.job.sweep import setting
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.fit import MemoryPlan
 from loractl.common.memory.need_key import need_key
+from loractl.common.settings import Settings
 from loractl.common.store.columns import word
 from loractl.common.store.records import Amendment, Submission
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.common.units import duration, gib
 from loractl.scheduler.submit.ancestor import settle_predecessors
 from loractl.scheduler.submit.draft import JobDraft, rows_at_hand
 from loractl.scheduler.submit.lengths import check_overflow, unchecked
 from loractl.scheduler.submit.need import admit, open_methods, plan_job
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.settings import Settings
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import Job
 
 
 def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:

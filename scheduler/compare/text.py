@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.errors import LoractlError, UsageError
 from loractl.common.text import clean_line, in_words, number, signed
@@ -16,12 +16,8 @@ from loractl.common.verdict import decimals
 from loractl.scheduler.cli.screen import Screen, number_columns, table
 from loractl.scheduler.status.standing import settings_of, shares, titles
 
-from .answer import ACCURACY, OTHER_LOSS
-
-if TYPE_CHECKING:
-    from .answer import Comparison, FinishedJob
-    from .winner import SweepComparison
-
+from .answer import ACCURACY, OTHER_LOSS, Comparison, FinishedJob
+from .winner import SweepComparison
 
 OF_PAIRS = (ACCURACY,)
 """Also for jobs whose losses differ in kind."""

@@ -16,20 +16,18 @@ import random
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import WrongState
+from loractl.common.job.sweep import Member, SweepView
+from loractl.common.store.store import Store
 from loractl.common.text import in_words, number
 from loractl.common.verdict import MIN_CASES, MeasuredChange, chose_step, written
 from loractl.scheduler.report.answer import FinalResult, look, result_of
 from loractl.scheduler.status.standing import named_settings
 
 from .answer import NOT_KNOWN, OTHER_LOSS, Comparison, FinishedJob, comparison
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
-    from loractl.common.job.sweep import Member, SweepView
-    from loractl.common.store.store import Store
 
 DRAWS = 1000
 SEED = 7

@@ -6,16 +6,14 @@ import datetime as dt
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.placement.cards import Card
 from loractl.common.settings import LEASE_S
 from loractl.common.store.fleet import FleetView
+from loractl.common.store.store import Store
+from loractl.common.store.tables import DrainOrder, Node
 from loractl.scheduler.wait.cards import SILENT_S
-
-if TYPE_CHECKING:
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import DrainOrder, Node
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import datetime as dt
 
+from loractl.common.placement.cards import Card
 from loractl.common.text import in_short
 from loractl.common.units import GIB, clock, duration, gib
 from loractl.scheduler.cli.screen import Screen, card_name, fit, joined, wrapped_table
 from loractl.scheduler.wait.cards import process_name
 
-if TYPE_CHECKING:
-    import datetime as dt
-
-    from loractl.common.placement.cards import Card
-
-    from .answer import DeviceState, Fleet
+from .answer import DeviceState, Fleet
 
 
 def devices(fleet: Fleet, screen: Screen, *, used: bool = False) -> str:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from loractl.common.text import clean_line
 from loractl.scheduler.cli.screen import Screen, joined, wrapped_table
 
 from .health.condition import Diagnosis, Level
-
-if TYPE_CHECKING:
-    from .join import JoinAnswer
-    from .lab import JoinTicket, LabAnswer
+from .join import JoinAnswer
+from .lab import JoinTicket, LabAnswer
 
 _COLORS = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red", Level.SKIPPED: "white"}
 

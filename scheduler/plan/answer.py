@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.errors import LoractlError, UsageError
 from loractl.common.job.file import load_spec, override_spec
 from loractl.common.job.method import MOST_CARDS, Method, Need, Roomy, Ways, choose_method, within
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Status
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import Accuracy, accuracy, learned, learned_roomy, peaks_like
@@ -22,16 +23,13 @@ from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, Stack
 from loractl.common.placement.cards import MARGIN_BYTES, Card
 from loractl.common.placement.duration import Forecast, TimeAccuracy, Undone, extent_of, forecast, time_accuracy
+from loractl.common.store.store import Store
 from loractl.common.units import GIB, duration, gib
 from loractl.scheduler.submit.data import counted_data
 from loractl.scheduler.submit.lengths import row_lengths
 from loractl.scheduler.submit.need import check_adapter, fleet_stack, open_methods, stored_hashes
 
 from .solutions import CardGroup, PlannedForm, Solution, in_another_form, on_more_cards, with_one_row
-
-if TYPE_CHECKING:
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)

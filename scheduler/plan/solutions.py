@@ -8,21 +8,19 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed, Ways, choose_method
+from loractl.common.job.spec import JobSpec
 from loractl.common.memory.fit import Fit, fewer_rows, largest_fit, plan_ways, shorter_rows
 from loractl.common.memory.plan import plan
+from loractl.common.memory.shape import Shape
+from loractl.common.memory.step import Lengths
 from loractl.common.placement.cards import Card
 from loractl.common.placement.gangs import best_group, gang_of, may_share
 from loractl.common.placement.lines import Waiting
 from loractl.common.units import GIB
 from loractl.scheduler.submit.need import open_methods
-
-if TYPE_CHECKING:
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.memory.shape import Shape
-    from loractl.common.memory.step import Lengths
 
 LONG_AGO = dt.datetime.fromtimestamp(0, dt.UTC)
 """Submit time of a job that is only planned: no decision depends on it."""

@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loractl.common.artifacts import ArtifactStore
 from loractl.common.binding import result_binding
 from loractl.common.errors import UsageError
 from loractl.common.job.file import load_spec, spec_of
@@ -27,9 +28,6 @@ from loractl.scheduler.status.job import JobState, job_log, job_state
 from loractl.scheduler.submit.admission import queue_all
 from loractl.scheduler.submit.draft import JobDraft
 from loractl.scheduler.submit.preflight import check_addresses
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
 
 
 class Lab:

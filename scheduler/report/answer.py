@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loractl.common.artifacts import ArtifactStore, Binding
 from loractl.common.binding import result_binding
 from loractl.common.errors import ArtifactError, WrongState
 from loractl.common.job.status import Status
+from loractl.common.store.store import Store
+from loractl.common.store.tables import FinalLook, Job
 from loractl.common.text import in_words
 from loractl.common.verdict import has_interval, written
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore, Binding
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import FinalLook, Job
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import UsageError
 from loractl.common.fingerprint import changed_files, fingerprint
 from loractl.common.job.adjustment import Adjustment, adjusted
@@ -14,18 +15,15 @@ from loractl.common.job.ancestor import settled_on
 from loractl.common.job.file import override_spec
 from loractl.common.job.method import Method
 from loractl.common.job.names import REPRODUCES
+from loractl.common.job.spec import JobSpec
+from loractl.common.settings import Settings
 from loractl.common.store.fleet import NODE_STALE_S
+from loractl.common.store.records import Submission
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Attempt, Job, Node
 from loractl.common.text import clean_line
 from loractl.scheduler.report.answer import result_of
 from loractl.scheduler.submit.need import own_devices, plan_job
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.settings import Settings
-    from loractl.common.store.records import Submission
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import Attempt, Job, Node
 
 MOST_LABELS = 32
 

@@ -6,8 +6,10 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loractl.common.artifacts import ArtifactStore
+from loractl.common.store.store import Store
 from loractl.scheduler.compare.answer import (
     FinishedJob,
     Report,
@@ -18,10 +20,6 @@ from loractl.scheduler.compare.answer import (
     held_out_hash,
     train_rows_hash,
 )
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
-    from loractl.common.store.store import Store
 
 _TOLD_BY_THE_RUN = (
     "method", "revision", "training.dtype", "training.optim", "training.gradient_checkpointing", "dataset.path",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.text import clean_line, minus
 from loractl.scheduler.cli.screen import Screen, table
 
-if TYPE_CHECKING:
-    from .answer import Repetition
-    from .sameness import Pair, RowLosses, Sameness
+from .answer import Repetition
+from .sameness import Pair, RowLosses, Sameness
 
 
 def repetition_text(repetition: Repetition, screen: Screen) -> str:

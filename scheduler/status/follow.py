@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
 
 import click
 
 from loractl.common.errors import ExitCode
 from loractl.common.job.status import Status
+from loractl.common.store.store import Store
 from loractl.scheduler.cli.screen import REDRAW_S, LiveText, detect_screen
 
 from .job import JobState, held_out_losses, job_in_full, job_state
 from .job_text import job_text, state_line
-
-if TYPE_CHECKING:
-    from loractl.common.store.store import Store
 
 POLL_S = 1.0
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loractl.common.artifacts import ArtifactStore
 from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.store.fleet import FleetView
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Attempt, AttemptShare, Event, Job
 from loractl.common.text import in_short, in_words
 from loractl.scheduler.wait.cards import trouble_of
 from loractl.scheduler.wait.queue import waiting_jobs
 from loractl.scheduler.wait.reasons import Wait
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
-    from loractl.common.store.fleet import FleetView
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import Attempt, AttemptShare, Event, Job
 
 JSON_FIELDS = (
     "job_id", "name", "user", "status", "reason", "message", "stage", "method", "base_model", "step", "total_steps",

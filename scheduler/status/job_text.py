@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
 
@@ -14,9 +13,7 @@ from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib, thousands
 from loractl.scheduler.cli.screen import Screen, bar, sparkline, table, wrapped
 
-if TYPE_CHECKING:
-    from .job import JobInFull, JobState, PastAttempt
-
+from .job import JobInFull, JobState, PastAttempt
 
 LAST_EVENTS = 12
 

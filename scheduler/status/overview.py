@@ -5,8 +5,14 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loractl.common.job.status import Status
+from loractl.common.job.sweep import SweepView
+from loractl.common.settings import Settings
+from loractl.common.store.fleet import FleetView
+from loractl.common.store.records import Choice, Page
+from loractl.common.store.store import Store
 from loractl.common.units import thousands
 from loractl.scheduler.wait.cards import closed_cards, interruption_of, listed_cards
 from loractl.scheduler.wait.queue import WaitingJobs, waiting_jobs, without_queue
@@ -14,15 +20,6 @@ from loractl.scheduler.wait.reasons import Tier
 from loractl.scheduler.wait.starts import ExpectedStart
 
 from .job import JobState, state_of
-
-if TYPE_CHECKING:
-    from loractl.common.job.status import Status
-    from loractl.common.job.sweep import SweepView
-    from loractl.common.settings import Settings
-    from loractl.common.store.fleet import FleetView
-    from loractl.common.store.records import Choice, Page
-    from loractl.common.store.store import Store
-
 
 SWEEPS_SHOWN = 20
 """Sweeps that an overview lists; nobody reads more."""

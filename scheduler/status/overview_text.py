@@ -9,7 +9,6 @@ import datetime as dt
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import click
 
@@ -17,15 +16,12 @@ from loractl.common.job.status import Stage, Status
 from loractl.common.text import clean_line, in_words, number
 from loractl.common.units import clock, gib, thousands
 from loractl.scheduler.cli.screen import Screen, bar, fit, table, wrapped, wrapped_table
+from loractl.scheduler.wait.queue import WaitingJobs
 
+from .job import JobState
 from .job_text import state_word
+from .overview import JobList, Overview
 from .standing_text import overview as sweep_lines
-
-if TYPE_CHECKING:
-    from loractl.scheduler.wait.queue import WaitingJobs
-
-    from .job import JobState
-    from .overview import JobList, Overview
 
 _WORD_COLORS = {"never": "red", "held": "yellow", "drained": "yellow", "closed": "yellow", "offline": "yellow"}
 

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from loractl.common.job.status import Stage, Status
-from loractl.common.job.sweep import no_best
+from loractl.common.job.sweep import Member, SweepView, no_best
 from loractl.common.text import clean_line, in_short
 from loractl.common.units import thousands
 from loractl.scheduler.cli.screen import Screen, bar, fit, number_columns, table, wrapped_table
 
-from .standing import count, loss_of, named_settings, settings_of, shares, titles
-
-if TYPE_CHECKING:
-    from loractl.common.job.sweep import Member, SweepView
-
-    from .standing import SweepStanding
+from .standing import SweepStanding, count, loss_of, named_settings, settings_of, shares, titles
 
 _DOING = {
     Stage.PREPARING: "prepares",

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from loractl.common.artifacts import ArtifactStore
+from loractl.common.job.spec import JobSpec
+from loractl.common.settings import Settings
+from loractl.common.store.records import Submission
+from loractl.common.store.store import Store
 from loractl.common.text import clean_line
 from loractl.scheduler.cli.output import hint, warn
 
-from .draft import rows_at_hand
+from .draft import JobDraft, rows_at_hand
 from .intake import Entry, enqueue_all, plan_all, store_all
 from .lengths import check_overflow, check_used_data, unchecked
 from .preflight import check_model
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.settings import Settings
-    from loractl.common.store.records import Submission
-    from loractl.common.store.store import Store
-
-    from .draft import JobDraft
 
 
 def queue_all(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from loractl.common.errors import AdapterNotFound, JobNotFound, UsageError, WrongState
 from loractl.common.fingerprint import may_be_published
@@ -12,11 +11,9 @@ from loractl.common.job.ancestor import misfits
 from loractl.common.job.file import override_spec
 from loractl.common.job.names import parse_reference
 from loractl.common.job.sections import AncestorJob
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.sweep import no_best
-
-if TYPE_CHECKING:
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.store.store import Store
+from loractl.common.store.store import Store
 
 
 def settle_predecessors(

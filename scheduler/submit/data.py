@@ -12,16 +12,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loractl.common.artifacts import ArtifactStore
+from loractl.common.data.findings import Finding
+from loractl.common.data.rows import RawRow
 from loractl.common.errors import ArtifactError, DataError
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
-    from loractl.common.data.findings import Finding
-    from loractl.common.data.rows import RawRow
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.progress import Report
+from loractl.common.job.spec import JobSpec
+from loractl.common.progress import Report
 
 
 def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -> list[Finding]:

@@ -8,19 +8,17 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loractl.common.artifacts import ArtifactStore
 from loractl.common.job.ancestor import settled_on
 from loractl.common.job.file import amended_spec, load_specs, override_spec
+from loractl.common.job.spec import JobSpec
+from loractl.common.store.store import Store
 from loractl.scheduler.status.job import JobState
 
 from .ancestor import in_order
 from .data import data_at_hand
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)

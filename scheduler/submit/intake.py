@@ -4,29 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.adapter_config import VLLM_RANKS
+from loractl.common.artifacts import ArtifactStore
 from loractl.common.channels import unknown_names
 from loractl.common.errors import ServiceUnreachable
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Status
+from loractl.common.job.sweep import NewSweep, SweepView
 from loractl.common.placement.lines import vram_class
 from loractl.common.queue.hints import HintSender, open_sender
+from loractl.common.settings import Settings
+from loractl.common.store.records import Submission
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.common.units import clock, gib
 
 from .data import is_local, store_data
+from .draft import JobDraft
 from .need import own_devices, plan_job, stored_hashes
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.job.sweep import NewSweep, SweepView
-    from loractl.common.settings import Settings
-    from loractl.common.store.records import Submission
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import Job
-
-    from .draft import JobDraft
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,20 +12,18 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loractl.common.data.findings import Finding
 from loractl.common.data.rows import size_of_rows
 from loractl.common.errors import DataError, UsageError
 from loractl.common.fingerprint import has_tokenizer
 from loractl.common.job.sections import DataFormat, Overflow, SourceSpec
+from loractl.common.job.spec import JobSpec
 from loractl.common.memory.step import Lengths
+from loractl.common.progress import Report
 
 from .data import check_data, is_local, unreadable_here
-
-if TYPE_CHECKING:
-    from loractl.common.data.findings import Finding
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.progress import Report
 
 LENGTHS_TIMEOUT_S = 300
 """Counting a large data set's tokens takes as long as the training's own preparation, once."""

@@ -5,26 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.artifacts import sha256_of
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method, Need, Ways, least_need, permitted_methods, within
+from loractl.common.job.spec import JobSpec
 from loractl.common.memory.config import HOW_TO_NAME_IT, foreign_format, read_shape
 from loractl.common.memory.fit import memory_plan, plan_ways
+from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Stack
 from loractl.common.module_pattern import ModulePattern
+from loractl.common.settings import Settings
 from loractl.common.store.records import Submission
+from loractl.common.store.store import Store
 from loractl.common.units import gib
 
 from .ancestor import settle_predecessors
-
-if TYPE_CHECKING:
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.memory.shape import Shape
-    from loractl.common.settings import Settings
-    from loractl.common.store.store import Store
-
 
 ABSURD = 2**50
 """Bytes that no card will have; the database's numbers end not far above."""

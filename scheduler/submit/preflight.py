@@ -10,20 +10,16 @@ import urllib.error
 import urllib.request
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from loractl.common.adapter_config import tensor_file_fault
 from loractl.common.errors import UsageError
 from loractl.common.fingerprint import has_tokenizer, unfit_template
 from loractl.common.job.names import is_hub_id
+from loractl.common.job.spec import JobSpec
 from loractl.common.memory.config import find_config, hub_is_off
-from loractl.common.settings import checked_url, load_settings
+from loractl.common.settings import Settings, checked_url, load_settings
 from loractl.common.text import slip_of
-
-if TYPE_CHECKING:
-    from loractl.common.job.spec import JobSpec
-    from loractl.common.settings import Settings
 
 
 def check_base(folder: Path) -> tuple[str, ...]:

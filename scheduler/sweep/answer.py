@@ -11,13 +11,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.errors import SpecError, SpecProblem, UsageError
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.sweep import RUNGS, NewSweep, meets_rungs, setting, unlike
-
-if TYPE_CHECKING:
-    from loractl.common.job.spec import JobSpec
 
 _NAME_LENGTH, _RUN_NAME_LENGTH = 63, 100
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from loractl.common.placement.shares import Allowance
+from loractl.common.store.records import PastUse
+from loractl.common.store.store import Store
 from loractl.common.units import clock
-
-if TYPE_CHECKING:
-    from loractl.common.placement.shares import Allowance
-    from loractl.common.store.records import PastUse
-    from loractl.common.store.store import Store
 
 GROUPS = {"user": ["user"], "label": ["label_set"], "card": ["node"], "month": ["hour"]}
 """What rows stand for, with the key that reads their sums."""

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from typing import TYPE_CHECKING
 
 from loractl.common.text import clean_line
 from loractl.common.units import hours
-from loractl.scheduler.cli.screen import table, wrapped
+from loractl.scheduler.cli.screen import Screen, table, wrapped
 
-from .answer import FIGURES
-
-if TYPE_CHECKING:
-    from loractl.scheduler.cli.screen import Screen
-
-    from .answer import QuotaList, UsageRow, UsageTable
+from .answer import FIGURES, QuotaList, UsageRow, UsageTable
 
 
 def usage_text(answer: UsageTable, screen: Screen) -> str:

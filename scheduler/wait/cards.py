@@ -7,7 +7,7 @@ import enum
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl import __version__
 from loractl.common.job.method import Method, SharedNeed, least_need
@@ -30,12 +30,9 @@ from loractl.common.placement.lines import Waiting, waited
 from loractl.common.placement.refusals import out_of_reach
 from loractl.common.placement.rule import Term, deciding
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, waiting_of
+from loractl.common.store.tables import Job
 from loractl.common.text import clean_line, numbers, when_they_end
 from loractl.common.units import clock, duration, gib
-
-if TYPE_CHECKING:
-    from loractl.common.store.tables import Job
-
 
 KEPT = " (kept for it)"
 

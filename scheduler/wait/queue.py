@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.job.method import Parallel, least_need
 from loractl.common.job.status import Status
 from loractl.common.placement.gangs import gang_of
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, is_ready, waiting_of
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.common.text import when_they_end
 
 from .cards import KEPT
 from .reasons import Tier, Wait, explain
 from .starts import LISTED_JOBS, ExpectedStart, ahead_of, reaches, read_outlook
-
-if TYPE_CHECKING:
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import Job
 
 
 @dataclass(frozen=True, kw_only=True)

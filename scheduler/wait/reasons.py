@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime as dt
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loractl.common.job.method import Method, SharedNeed, least_need
 from loractl.common.job.status import BLAMED, Status
@@ -19,13 +18,11 @@ from loractl.common.placement.refusals import most_usable, out_of_reach, with_la
 from loractl.common.placement.rule import jobs_by_user
 from loractl.common.placement.shares import Allowance, window_name
 from loractl.common.store.fleet import FleetView, avoided_by, paused
+from loractl.common.store.tables import Job
 from loractl.common.text import in_words, when_they_end
 from loractl.common.units import clock, duration, gib, hours
 
 from .cards import KEPT, SILENT_S, Asking, Chance, silent_s
-
-if TYPE_CHECKING:
-    from loractl.common.store.tables import Job
 
 AT_ONCE_S = 20.0
 """A job that the rule places and that has waited no longer than this will be taken in a moment."""

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from loractl.common.job.method import Method, Need
 from loractl.common.placement.cards import Card, Occupant, could_start
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
+from loractl.common.store.tables import Job
 from loractl.common.units import gib
 
 from .cards import largest_program
-
-if TYPE_CHECKING:
-    from loractl.common.store.tables import Job
 
 
 def sooner(job: Job, view: FleetView) -> tuple[str, str] | None:

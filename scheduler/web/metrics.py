@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -26,13 +25,10 @@ from loractl import __version__
 from loractl.common.errors import LoractlError
 from loractl.common.job.status import BLAMED, Reason
 from loractl.common.store.database import REFUSALS
+from loractl.common.store.fleet import FleetView
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Attempt
 from loractl.scheduler.fleet.answer import DeviceState, Fleet, fleet_of
-
-if TYPE_CHECKING:
-    from loractl.common.store.fleet import FleetView
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import Attempt
-
 
 MOST_RUNNING = 1000
 """Running jobs with their own numbers."""

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlencode
 
 from starlette.applications import Starlette
@@ -23,19 +23,15 @@ from starlette.routing import Route
 from loractl import __version__
 from loractl.common.errors import AdapterNotFound, JobNotFound, LoractlError, SweepNotFound, UsageError
 from loractl.common.store.database import REFUSALS, outage, told_by
+from loractl.common.store.store import Store
 from loractl.common.text import clean_text
 from loractl.common.units import LAST_NUMBER
 
-from .guard import Guard
+from .guard import Access, Guard
 from .metrics import CONTENT_TYPE, Exporter
 from .pages.markup import render, static_file
 from .pages.pages import PARAMETERS, Asked, Drawn, Pages, number_of
-
-if TYPE_CHECKING:
-    from loractl.common.store.store import Store
-
-    from .guard import Access
-    from .pages.shelf import ReportShelf
+from .pages.shelf import ReportShelf
 
 log = logging.getLogger("loractl")
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import datetime as dt
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.job.status import Status
+from loractl.common.store.store import Store
 from loractl.scheduler.status.job import JobState, state_of, trouble_on
 from loractl.scheduler.wait.cards import CardFit, card_fits
 from loractl.scheduler.wait.queue import CardsAsked, asked_of, reason, with_awaited
 from loractl.scheduler.wait.reasons import Tier, Wait
 from loractl.scheduler.wait.sooner import sooner
 from loractl.scheduler.wait.starts import LISTED_JOBS, ExpectedStart, ahead_of, reaches, read_outlook, why_unknown
-
-if TYPE_CHECKING:
-    from loractl.common.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)

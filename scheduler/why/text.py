@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from loractl.common.job.status import Status
 from loractl.common.text import clean_line, in_words, numbers, when_they_end
 from loractl.common.units import GIB, clock, duration, gib
 from loractl.scheduler.cli.screen import Screen, card_name, joined, wrapped, wrapped_table
 from loractl.scheduler.wait.reasons import Tier
 
-from .answer import NotWaiting, Why
-
-if TYPE_CHECKING:
-    from .answer import Ahead
+from .answer import Ahead, NotWaiting, Why
 
 
 def why_text(answer: Why | NotWaiting, screen: Screen) -> str:

@@ -12,10 +12,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loractl import __version__
-from loractl.common.artifacts import checkpoint_prefix, open_store
+from loractl.common.artifacts import ArtifactStore, checkpoint_prefix, open_store
 from loractl.common.errors import ArtifactError, LoractlError, WrongStore
 from loractl.common.lab_store import SETTING, folder_of, is_home_s, known_mark
 from loractl.common.settings import Settings, redacted
@@ -24,12 +23,9 @@ from loractl.common.store.roles import has_roles, unbounded
 from loractl.common.store.schema import HEAD, OLDEST, mismatch, revision
 from loractl.common.store.store import Store
 from loractl.common.units import duration
+from loractl.scheduler.fleet.answer import DeviceState
 
 from .condition import Condition, broken, fine, skipped, warning
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
-    from loractl.scheduler.fleet.answer import DeviceState
 
 
 def see_messages(settings: Settings) -> Iterator[Condition]:

@@ -5,22 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.errors import LoractlError
+from loractl.common.job.sweep import Member, SweepView
+from loractl.common.store.records import Page
+from loractl.common.store.store import Store
 from loractl.scheduler.compare.answer import FinishedJob, compared, flat_settings
 from loractl.scheduler.compare.winner import SweepComparison
 from loractl.scheduler.report.answer import seen
 from loractl.scheduler.status.standing import short_keys, short_setting
 
-from .shelf import UNREADABLE
-
-if TYPE_CHECKING:
-    from loractl.common.job.sweep import Member, SweepView
-    from loractl.common.store.records import Page
-    from loractl.common.store.store import Store
-
-    from .shelf import ReportShelf
+from .shelf import UNREADABLE, ReportShelf
 
 LINE_POINTS = 80
 

@@ -6,25 +6,19 @@ import datetime as dt
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from loractl.common.errors import LoractlError, SweepNotFound
 from loractl.common.job.status import STOPPED, Reason, Status
-from loractl.common.store.tables import Event
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Attempt, Event, MetricPoint
 from loractl.common.text import in_words
 from loractl.scheduler.compare.answer import flat_settings
-from loractl.scheduler.status.job import JobHistory, JobState, job_history, trouble_on
+from loractl.scheduler.status.job import JobHistory, JobState, PastAttempt, job_history, trouble_on
 from loractl.scheduler.wait.cards import SILENT_S, silent_s
 from loractl.scheduler.why.answer import Why, why
 
-from .shelf import ReportDigest, digest
-
-if TYPE_CHECKING:
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import Attempt, MetricPoint
-    from loractl.scheduler.status.job import PastAttempt
-
-    from .shelf import ReportShelf
+from .shelf import ReportDigest, ReportShelf, digest
 
 LOG_CHUNKS, LOG_LINES = 3, 60
 """What the end of a log is made of."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.chart import Axes, axes_of, finite, loss_chart
+from loractl.scheduler.fleet.answer import DeviceState
 
-if TYPE_CHECKING:
-    from loractl.scheduler.fleet.answer import DeviceState
-
-    from .dossier import JobCourse
+from .dossier import JobCourse
 
 
 @dataclass(frozen=True, kw_only=True)

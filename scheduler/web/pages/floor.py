@@ -6,11 +6,13 @@ import datetime as dt
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from loractl.common.errors import ArtifactError
 from loractl.common.placement.shares import LAST, NONE_LEFT
+from loractl.common.store.fleet import FleetView
 from loractl.common.store.records import Choice, Page
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.common.units import duration, gib
 from loractl.scheduler.fleet.answer import Fleet, fleet_of
 from loractl.scheduler.status.job import JobState, state_of
@@ -18,14 +20,7 @@ from loractl.scheduler.status.overview import Overview, overview
 from loractl.scheduler.wait.sooner import without_others
 
 from .drawing import card_parts
-from .shelf import ReportDigest, digest
-
-if TYPE_CHECKING:
-    from loractl.common.store.fleet import FleetView
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import Job
-
-    from .shelf import ReportShelf
+from .shelf import ReportDigest, ReportShelf, digest
 
 SHOWN_RUNNING = 60
 """Running jobs on the lab's page; a larger lab lists all of them under jobs."""

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.errors import ArtifactError, LoractlError
+from loractl.common.store.records import Page
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.scheduler.adapters.answer import AdapterList, StoredAdapter, adapter_list
 
-from .shelf import UNREADABLE, ReportDigest, ReportedChange, digest
-
-if TYPE_CHECKING:
-    from loractl.common.store.records import Page
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import Job
-
-    from .shelf import ReportShelf
+from .shelf import UNREADABLE, ReportDigest, ReportedChange, ReportShelf, digest
 
 COLUMNS = 7
 """Measures with a column; the others are in the adapter's own report."""

@@ -7,11 +7,12 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loractl.common.errors import UsageError
 from loractl.common.job.status import FAILS_AGAIN, Reason, Status
 from loractl.common.store.records import Choice, Page
+from loractl.common.store.store import Store
 from loractl.common.units import LARGEST, LAST_NUMBER
 from loractl.scheduler.status.job import JobState
 from loractl.scheduler.status.overview import job_list
@@ -22,11 +23,7 @@ from .dossier import job_dossier
 from .drawing import contest_charts, course_charts
 from .floor import lab_floor
 from .matrix import adapter_matrix
-
-if TYPE_CHECKING:
-    from loractl.common.store.store import Store
-
-    from .shelf import ReportShelf
+from .shelf import ReportShelf
 
 PAGE_JOBS, PAGE_ADAPTERS, PAGE_SWEEPS, PAGE_ANSWERS = 50, 25, 25, 5
 PARAMETERS = ("user", "name", "label", "status", "after", "answers", "from", "adapter", "by", "days")

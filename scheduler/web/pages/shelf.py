@@ -13,17 +13,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillReading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from loractl.common.artifacts import REPORT, split_final
+from loractl.common.artifacts import REPORT, ArtifactStore, split_final
 from loractl.common.chart import forest
 from loractl.common.errors import ArtifactError, LoractlError
+from loractl.common.store.store import Store
 from loractl.common.verdict import RIGHT, Written, answer_groups, rights, word, written
 from loractl.scheduler.report.answer import result_of
-
-if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
-    from loractl.common.store.store import Store
 
 KEPT = 200
 """Reports that are kept."""
