@@ -9,6 +9,7 @@ import click
 
 from loractl.common.errors import ArtifactError, ExitCode, UsageError, WrongState
 from loractl.common.job.names import check_tag, parse_reference
+from loractl.common.store.records import Page
 from loractl.common.text import clean_line
 from loractl.common.units import amount
 from loractl.scheduler.cli.lazy import Commands, LazyGroup
@@ -72,8 +73,6 @@ def list_adapters(limit: int, after: int | None, as_json: bool) -> None:
 
 def print_adapters(limit: int, after: int | None, as_json: bool) -> None:
     """Print a page of the stored adapters, as JSON or as a table."""
-    from loractl.common.store.records import Page
-
     from .answer import adapter_list
     from .text import adapters_text
 

@@ -10,6 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from loractl.common.errors import JobNotFound, LoractlError, UsageError
+from loractl.common.store.records import Choice, Page
 from loractl.common.text import clean_line, slip_of
 from loractl.common.units import LAST_NUMBER
 
@@ -37,7 +38,6 @@ def job_named(store: Store, text: str) -> int:
         from loractl.common.job.names import parse_reference
 
         return store.adapters.get(parse_reference(text)).job_id
-    from loractl.common.store.records import Choice, Page
 
     jobs = store.jobs.newest(Choice(name=text), Page(limit=MOST_LISTED))
     if not jobs:
@@ -56,8 +56,6 @@ def jobs_named(store: Store, texts: Sequence[str]) -> list[int]:
 
 def warn_of_unknown_user(store: Store, user: str) -> None:
     """Tell a person that this name is nobody's here: a typing slip, or somebody new."""
-    from loractl.common.store.records import Choice, Page
-
     known = store.jobs.users()
     if user not in known and not store.jobs.newest(Choice(user=user), Page(limit=1)):
         close = slip_of(user, known)
@@ -73,7 +71,6 @@ def _range(store: Store, text: str) -> list[int]:
     if not first <= last < first + MOST_OF_A_RANGE:
         what = f"the range {text} ends before it begins" if last < first else f"the range {text} has too many jobs"
         raise UsageError(what, f"the smaller number first, and at most {MOST_OF_A_RANGE} jobs, like 3-9")
-    from loractl.common.store.records import Choice, Page
 
     page = Page(limit=last - first + 1, after=last + 1 if last < LAST_NUMBER else None)
     found = sorted(job.job_id for job in store.jobs.newest(Choice(), page) if first <= job.job_id <= last)
@@ -128,8 +125,6 @@ def completed(incomplete: str, known: Callable[[Store], Iterable[tuple[str, str]
 
 
 def _known_jobs(store: Store) -> Iterator[tuple[str, str]]:
-    from loractl.common.store.records import Choice, Page
-
     jobs = store.jobs.newest(Choice(), Page(limit=COMPLETED))
     for job in jobs:
         yield str(job.job_id), f"{job.name} ({job.status.value})"
@@ -139,8 +134,6 @@ def _known_jobs(store: Store) -> Iterator[tuple[str, str]]:
 
 
 def _known_adapters(store: Store) -> Iterator[tuple[str, str]]:
-    from loractl.common.store.records import Page
-
     stored = store.adapters.newest(Page(limit=COMPLETED))[:COMPLETED][::-1]
     for name in dict.fromkeys(adapter.name for adapter in stored):
         yield name, "the newest adapter of this name"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
+from loractl.common.settings import load_settings, redacted
 from loractl.common.units import amount
 from loractl.scheduler.cli.output import show
 
@@ -34,8 +35,6 @@ def db_upgrade(backup: Path | None, force: bool) -> None:
 
     Stop all workers first. The embedded SQLite does it by itself.
     """
-    from loractl.common.settings import load_settings, redacted
-
     from .answer import bring_to_head, store_unknown
 
     settings = load_settings()
@@ -94,8 +93,6 @@ def db_roles(
 
     Say it again after each upgrade, and for each new person or box. New passwords are made and shown once.
     """
-    from loractl.common.settings import load_settings
-
     from .answer import set_up_roles, store_unknown, wanted_logins
 
     chosen = None if passwords is None else passwords.read().splitlines()
@@ -126,8 +123,6 @@ def db_backup(file: Path, as_json: bool) -> None:
 
     Workers may run meanwhile. What the jobs have stored is not in it: copy the artifacts afterwards.
     """
-    from loractl.common.settings import load_settings, redacted
-
     from .answer import back_up
 
     settings = load_settings()
@@ -146,8 +141,6 @@ def db_restore(file: Path, force: bool) -> None:
     That is the embedded database, or an empty one of PostgreSQL. Stop all workers first, and bring the artifacts back
     before: numbers of jobs that have stored something there are not given again.
     """
-    from loractl.common.settings import load_settings
-
     from .answer import SKIPPED_NUMBERS, restore
 
     done = restore(load_settings(), file, force=force)
@@ -165,7 +158,6 @@ def db_stop() -> None:
     Its queue is saved, and the next command that needs it starts it again.
     """
     from loractl.common.queue.valkey import stop_embedded
-    from loractl.common.settings import load_settings
 
     click.echo(
         "The embedded Valkey has stopped." if stop_embedded(load_settings()) else "No embedded Valkey was running."

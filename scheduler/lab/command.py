@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from loractl.common.errors import ExitCode, UsageError
+from loractl.common.settings import load_settings, redacted
 from loractl.common.units import duration, parse_duration, seconds_of
 from loractl.scheduler.cli.output import show
 from loractl.scheduler.cli.screen import detect_screen
@@ -72,8 +73,6 @@ def lab_invite(boxes: tuple[str, ...], people: tuple[str, ...], address: str | N
 
     One that is there gets a new password when it joins.
     """
-    from loractl.common.settings import load_settings
-
     from .lab import invite_guests
     from .text import invited
 
@@ -92,7 +91,6 @@ def lab_adopt_store(empty: bool) -> None:
     say it as the owner of the tables.
     """
     from loractl.common.lab_store import SETTING, adopt
-    from loractl.common.settings import redacted
 
     settings, store = open_session()
     before = store.lab.setting(SETTING)

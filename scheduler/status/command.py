@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loractl.common.errors import UsageError
+from loractl.common.store.records import Choice, Page
 from loractl.common.text import clean_line
 from loractl.scheduler.cli import output
 from loractl.scheduler.cli.named import JobName, job_named, warn_of_unknown_user
@@ -18,7 +19,6 @@ from loractl.scheduler.cli.session import open_artifacts, open_session
 
 if TYPE_CHECKING:
     from loractl.common.settings import Settings
-    from loractl.common.store.records import Choice, Page
     from loractl.common.store.store import Store
 
 
@@ -49,8 +49,6 @@ def status(
     Without JOB and -a: running jobs, waiting jobs with the reason, a line a sweep, and how many ended today. With JOB:
     where it is, its losses and memory, and its last events; --full and --json have all that is known of it.
     """
-    from loractl.common.store.records import Choice, Page
-
     if watch and as_json:
         raise UsageError("--watch draws for people, --json prints once", "leave one of them out")
     if full and (job is None or watch):
