@@ -186,11 +186,14 @@ class Shots:
 
         With as many examples as fit into the context for half of the rows; without any if not even one does.
         """
+        measured = held_out[:MOST_ROWS]
+        if len(measured) < FEWEST_ROWS:
+            return cls(told=f"{_NOT_ASKED}: fewer than {FEWEST_ROWS} rows are held out.")
         learned = {
             number: [label for row in some for label in row.labels if label != IGNORED]
             for number, some in itertools.groupby(rows, key=lambda row: row.number)
         }
-        chosen, measured = _chosen(train), held_out[:MOST_ROWS]
+        chosen = _chosen(train)
         room = min(most or LONGEST_CONTEXT, min(SHOTS + 1, batch) * longest)
         for count in range(min(SHOTS, len(chosen)), 0, -1):
             shown = [_shown(example, chosen[:count], format) for example in measured]
@@ -216,9 +219,10 @@ class Shots:
                 answer=answer,
                 told=told,
             )
-        few = len(measured) < FEWEST_ROWS
-        why = f"fewer than {FEWEST_ROWS} rows are held out" if few else "they do not fit"
-        return cls(told=f"The base was not asked with training examples in its prompt: {why}.")
+        return cls(told=f"{_NOT_ASKED}: they do not fit.")
+
+
+_NOT_ASKED = "The base was not asked with training examples in its prompt"
 
 
 def shots_metrics(

@@ -77,9 +77,10 @@ def evaluate(
     `kept`: None: the base is measured here and now.
     """
     began = time.monotonic()
-    work = Work.of(data, spec, learner.tokenizer, positions_of(learner.model))
+    positions = positions_of(learner.model)
     made_for = getattr(learner.model.config.get_text_config(), "max_position_embeddings", None)  # tokens
-    work = work.with_shots(data, spec, learner.tokenizer, positions_of(learner.model) or made_for)
+    work = Work.of(data, spec, learner.tokenizer, positions)
+    work = work.with_shots(data, spec, learner.tokenizer, positions or made_for)
     base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept)
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = None

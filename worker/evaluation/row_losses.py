@@ -152,6 +152,8 @@ def generate(
     Where the model has a table of positions, a batch's answers end with it: each prompt must leave room for a token.
     `between`: called after each token of a batch; its errors come through. `halved`, `run`: see score_rows.
     """
+    if not prompts:
+        return []
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
     ends, positions = end_ids(model, tokenizer), positions_of(model)
