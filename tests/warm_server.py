@@ -47,7 +47,7 @@ LATE = {
     ),
     HEAVY: (
         *BOTH, "bitsandbytes", "datasets", "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion",
-        "pydantic.v1", "rouge_score.rouge_scorer", "transformers.generation",
+        "pydantic.v1", "rapidfuzz.distance", "transformers.generation",
         "transformers.integrations.integration_utils", "transformers.modelcard",
         "transformers.models.llama.modeling_llama", "uvicorn.lifespan.on", "uvicorn.loops.auto",
         "openai",  # what each process of tests would import

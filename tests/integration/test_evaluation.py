@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loractl.common.job.method import Method
@@ -19,7 +21,7 @@ from loractl.worker.base.arithmetic import Precision, choose_precision
 from loractl.worker.base.gauge import in_batches
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner, load_base, load_tokenizer, positions_of
-from loractl.worker.evaluation.answers import rouge
+from loractl.worker.evaluation.answers import ROUGE, rouge
 from loractl.worker.evaluation.comparison import (
     BOOTSTRAP_SEED,
     Compared,
@@ -217,6 +219,35 @@ def test_rouge_knows_the_words_of_any_script(answer: str, expected: str, two_of_
         assert found[two_of_three] == pytest.approx(200 / 3)
     else:
         assert set(found.values()) == {100.0 if two_of_three is None else two_of_three}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "figures"),
+    [
+        ("on the mat the cat sat", "the cat lay on a mat and the mat lay", (62.5, 28.57143, 37.5)),
+        ("b a b a b", "a b", (57.14286, 40.0, 57.14286)),
+        ("word", "word", (100.0, 0.0, 100.0)),
+        ("one two", "three", (0.0, 0.0, 0.0)),
+    ],
+)
+def test_rouge_counts_words_pairs_and_the_longest_common_subsequence(
+    answer: str, expected: str, figures: tuple[float, float, float]
+) -> None:
+    """The figures are those of rouge-score 0.1.2."""
+    found = rouge([answer], [expected])
+    assert [float(found[kind][0]) for kind in ("rouge1", "rouge2", "rougeL")] == pytest.approx(figures, abs=1e-4)
+
+
+@pytest.mark.long
+@hypothesis.given(st.lists(st.tuples(*[st.lists(st.sampled_from("abcde"), max_size=12).map(" ".join)] * 2), max_size=5))
+def test_rouge_is_rouge_score_s(pairs: list[tuple[str, str]]) -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer([*ROUGE])
+    right = [scorer.score(expected, answer) for answer, expected in pairs]
+    found = rouge([answer for answer, _ in pairs], [expected for _, expected in pairs])
+    for kind, figures in found.items():
+        assert list(figures) == [100 * one[kind].fmeasure for one in right]
 
 
 def test_a_prompt_that_is_longer_than_any_row_is_not_answered(recipe: Recipe, tmp_path: Path) -> None:
