@@ -32,10 +32,10 @@ from loractl.common.job.file import load_spec
 from loractl.common.job.status import Reason
 from loractl.common.queue.hints import HintQueues
 from loractl.common.settings import Settings, load_settings
+from loractl.common.store import store as opened
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
-from loractl.scheduler.cli import session
 from loractl.scheduler.cli.main import cli
 from loractl.scheduler.submit.data import store_data
 from loractl.scheduler.submit.need import own_devices, plan_job
@@ -298,7 +298,7 @@ class HeldLab:
         with pytest.MonkeyPatch.context() as patched:
             for name, value in self._variables().items():
                 patched.setenv(name, value)
-            patched.setattr(session, "Store", lambda _: Store(self.engine, self.time))
+            patched.setattr(opened, "Store", lambda _: Store(self.engine, self.time))
             done = CliRunner().invoke(cli, list(map(str, args)))
         error = done.exception
         if isinstance(error, LoractlError):
