@@ -17,7 +17,7 @@ from loractl.common.store.store import Store
 from loractl.worker.clock import SYSTEM, NodeClock
 
 from .patience import away
-from .storage.client import StoreClient
+from .storage.client import REMOVAL, StoreClient
 
 log = logging.getLogger("loractl.worker")
 
@@ -47,6 +47,7 @@ class CheckpointUpload:
         self._artifacts = artifacts.watched(
             replace(artifacts.watch, silent=self._fall_silent, going_on=lambda: self._set_silent(False))
         )
+        self._removing = artifacts.watched(REMOVAL)
         self.silent = False  # the store has not answered a call of ours for long
         self._store = store
         self._claim = claim
@@ -132,7 +133,7 @@ class CheckpointUpload:
                 sha256 = manifest_sha256(self._artifacts.put_result(copy.folder, prefix))
                 copy.stored = StoredCheckpoint(step=copy.step, prefix=prefix, manifest_sha256=sha256)
             if not self._store.attempts.keep_checkpoint(claim, copy.stored):
-                self._artifacts.remove_checkpoint(copy.stored.prefix)  # the lease is lost: no row will name it
+                self._removing.remove_checkpoint(copy.stored.prefix)  # the lease is lost: no row will name it
                 return True
         except Exception as error:  # noqa: BLE001  if this thread ended, no later checkpoint would be stored
             return self._tell_of_failure(copy, error)
@@ -170,7 +171,7 @@ class CheckpointUpload:
         self._spent = []
         for prefix in left:
             try:
-                self._artifacts.remove_checkpoint(prefix)
+                self._removing.remove_checkpoint(prefix)
             except Exception as error:  # noqa: BLE001  as for an upload: this thread goes on
                 log.warning("job %s: the checkpoint %s is not removed yet: %s", self._claim.job_id, prefix, error)
                 self._spent.append(prefix)

@@ -22,7 +22,7 @@ from loractl.common.store.records import Claim, StoredResult
 
 from .attempt import SupervisedAttempt
 from .log import LOG_FILE
-from .storage.client import CallWatch
+from .storage.client import REMOVAL
 from .workplace import Workplace
 
 READY = "ready.json"
@@ -105,10 +105,6 @@ CHECKPOINTS_KEPT = 2
 """The newest checkpoints of a job that stay on a box, of all its attempts there: one of them may be torn."""
 
 
-REMOVAL_S = 10.0
-"""A store that is silent for this long is abandoned: the slot is for the next job, and loractl gc removes the rest."""
-
-
 def clean(place: Workplace, attempt: SupervisedAttempt, status: Status | None) -> None:
     """Remove what no next attempt of the job can use. One may already run: its files are not touched."""
     job_id = attempt.claim.job_id
@@ -171,7 +167,7 @@ def _remove(place: Workplace, attempt: SupervisedAttempt) -> None:
     with contextlib.suppress(OSError):  # it is not empty, or gone
         attempt.folder.parent.rmdir()
     try:
-        place.artifacts.watched(CallWatch(deadline_s=REMOVAL_S)).remove_checkpoints(job_id, number)
+        place.artifacts.watched(REMOVAL).remove_checkpoints(job_id, number)
     except (ArtifactError, ServiceUnreachable) as error:
         log.warning("job %s: its checkpoints stay for loractl gc: %s", job_id, error.sentence)
 

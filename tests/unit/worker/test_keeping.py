@@ -13,7 +13,8 @@ import pytest
 from loractl.common.artifacts import ArtifactStore, Manifest
 from loractl.common.binding import checkpoint_binding
 from loractl.common.errors import ServiceUnreachable
-from loractl.common.store.records import Claim, StoredCheckpoint
+from loractl.common.job.status import Reason
+from loractl.common.store.records import Claim, Progress, StoredCheckpoint
 from loractl.common.store.store import AttemptVerbs, Store
 from loractl.worker.attempt import checkpoint_upload
 from loractl.worker.attempt.checkpoint_upload import CheckpointUpload
@@ -181,6 +182,40 @@ def test_what_is_stored_waits_for_the_database_without_being_stored_again_and_no
     assert client.uploads == 3, "one for each checkpoint"
     held = tmp_path / "artifacts" / "jobs" / str(job_id) / "checkpoints"
     assert [path.name for path in held.iterdir()] == ["1-15"]
+
+
+class Slow(StoreClient):
+    """A store whose removals are given up where nobody waits for them any more."""
+
+    def watched(self, watch: CallWatch) -> Slow:
+        return Slow(self.url, watch)
+
+    def put_result(self, folder: Path, prefix: str) -> Manifest:
+        return ArtifactStore(self.url).put_result(folder, prefix)
+
+    def remove_checkpoint(self, prefix: str) -> None:
+        if self.watch.over():
+            raise ServiceUnreachable("the artifact store", self.url, "LORACTL_ARTIFACTS_URL", "it was given up")
+        ArtifactStore(self.url).remove_checkpoint(prefix)
+
+
+def test_a_checkpoint_that_is_stored_after_its_attempt_has_ended_is_removed(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_id = store.jobs.submit(submission())
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    client = Slow((tmp_path / "artifacts").as_uri(), CallWatch(over=lambda: True))
+    keeper = CheckpointUpload(client, store, claim, tmp_path / "keeping")
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "state").write_text("1")
+    store.attempts.finish(claim, Reason.CANCELLED, "enough", Progress())
+    keeper.offer(saved, 5)
+    _until_taken(tmp_path / "keeping" / "step-5")
+    keeper.close()
+    assert keeper.done(20) and not list((tmp_path / "artifacts" / "jobs" / str(job_id)).rglob("state"))
+    assert caplog.text == ""
 
 
 def test_a_checkpoint_is_stored_where_files_have_no_second_names_and_one_that_can_t_be_kept_ends_no_training(

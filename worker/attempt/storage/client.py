@@ -45,6 +45,11 @@ class CallWatch:
     over: Callable[[], bool] = lambda: False  # whether the answer is no longer wanted
 
 
+REMOVAL = CallWatch(deadline_s=10.0)
+"""What an attempt has left is removed though it has ended. A store that is silent for so long is abandoned: the slot is
+for the next job, and loractl gc removes the rest."""
+
+
 class StoreClient:
     """The artifact store at a URL. Raises what ArtifactStore raises, and ServiceUnreachable for a call that hangs."""
 
