@@ -99,7 +99,7 @@ def lab(seeded: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     store = Store(connect(settings), lambda: NOON)
     for user, hours in (("mara", 1.0), ("wei", 1000.0)):
         store.usage.set_quota(user, hours, 7 * 86400, soft=user == "wei")
-    monkeypatch.setattr("loractl.scheduler.cli.session.open_session", lambda: (settings, store))
+    monkeypatch.setattr("loractl.common.store.store.Store", lambda engine: store)
     return store
 
 
