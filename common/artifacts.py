@@ -181,14 +181,14 @@ class ArtifactStore:
             raise ArtifactError(f"{uri!r} is not a data set of this store", "submit the job again")
         name = "/".join(uri.split("/")[-2:])
         target = folder / Path(name).name
-        if target.exists() and sha256_of(target) == sha256:
+        if _has(target, sha256):
             os.utime(target)  # loractl gc removes data sets that nobody has used for long
             return target
         folder.mkdir(parents=True, exist_ok=True)
         with self._errors(f"fetching {uri}"):
             self._files.get(name, target)
-        if sha256_of(target) != sha256:
-            target.unlink()
+        if not _has(target, sha256):
+            target.unlink(missing_ok=True)
             raise ArtifactError(f"{uri} does not have the content that was submitted", "submit the job again")
         return target
 
@@ -511,6 +511,14 @@ def is_file_name(name: str) -> bool:
     """Whether a file of a result may have this name, in any folder."""
     plain = name.isprintable() and not {"/", "\\"} & {*name} and name not in ("", ".", "..")
     return plain and len(name.encode()) <= LONGEST_NAME
+
+
+def _has(path: Path, sha256: str) -> bool:
+    """Whether a file is there and has this hash: another attempt of the box may remove it meanwhile."""
+    try:
+        return sha256_of(path) == sha256
+    except FileNotFoundError:
+        return False
 
 
 def sha256_of(path: Path) -> str:

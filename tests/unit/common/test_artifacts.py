@@ -362,6 +362,24 @@ def test_a_data_set_of_which_only_a_part_arrived_is_stored_again(place: Place, t
     assert sha256_of(stored) == digest
 
 
+def test_two_attempts_that_fetch_a_damaged_data_set_at_once_both_say_so(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One finds it damaged, and removes what the other is about to look at."""
+    data, get = tmp_path / "d.jsonl", place.store._files.get
+    data.write_text('{"text": "a"}\n')
+    uri, digest = place.store.put_dataset(data)
+    place.write(f"datasets/{digest}.jsonl", b'{"text": "b"}\n')
+
+    def get_late(name: str, path: Path) -> None:
+        get(name, path)
+        path.unlink()
+
+    monkeypatch.setattr(place.store._files, "get", get_late)
+    with pytest.raises(ArtifactError, match="does not have the content that was submitted"):
+        place.store.fetch_dataset(uri, digest, tmp_path / "cache")
+
+
 def test_a_fetched_data_set_is_kept_and_must_have_the_content_that_was_submitted(place: Place, tmp_path: Path) -> None:
     data, cache = tmp_path / "d.jsonl", tmp_path / "cache"
     data.write_text('{"text": "a"}\n')
