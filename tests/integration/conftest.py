@@ -77,11 +77,11 @@ def box(lab: Logins) -> Iterator[Store]:
 
 
 @pytest.fixture
-def cpu_place(tmp_path: Path) -> Callable[[str], Workplace]:
+def cpu_place(upgraded_home: Path) -> Callable[[str], Workplace]:
     """A node on a processor with trainers of a module."""
 
     def make(trainer: str) -> Workplace:
-        settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_TRAINER": trainer})
+        settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_TRAINER": trainer})
         return Workplace(
             settings=settings, store=Store(connect(settings)), device=CpuDevice(total=24 * GIB), node="box:0",
             artifacts=StoreClient(settings.artifacts_url), drain=Drain(),

@@ -31,10 +31,10 @@ def engine(tiny_model: Path) -> Decoder:
 
 
 @pytest.fixture
-def serve(engine: Decoder, tiny_model: Path, home: Path) -> Iterator[Callable[..., int]]:
+def serve(engine: Decoder, tiny_model: Path, upgraded_home: Path) -> Iterator[Callable[..., int]]:
     """Starts the real server in this process; returns its port."""
     with contextlib.ExitStack() as servers:
-        yield lambda key=None: servers.enter_context(served(engine, tiny_model, home, key))
+        yield lambda key=None: servers.enter_context(served(engine, tiny_model, upgraded_home, key))
 
 
 def ask(port: int, body: Any = ASKED, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, str]:

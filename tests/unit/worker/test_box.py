@@ -47,7 +47,9 @@ def run(worker: Box, *, drain_when_idle: bool) -> int:
             signal.signal(number, handler)
 
 
-def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(
+    tmp_path: Path, upgraded_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the worker waits for its nodes, too: they would go on without it for as long as a checkpoint takes."""
     told, began, popen = tmp_path / "told", threading.Event(), subprocess.Popen
 
@@ -58,7 +60,7 @@ def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(tmp_path: Path, mon
         began.set()
         return process
 
-    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "box"})
+    settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_HOST": "box"})
     (settings.home / "run").mkdir(parents=True)
     device = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
     store = Store(connect(settings))
@@ -77,10 +79,10 @@ def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(tmp_path: Path, mon
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_that_meets_a_query_whose_server_goes_is_not_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    upgraded_home: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """psycopg cancels the query that is interrupted, and raises what the connection says to that in its place."""
-    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})
+    settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_HOST": "heron"})
     (settings.home / "run").mkdir(parents=True)
     store, looks, popen = Store(connect(settings)), iter(range(1, 4)), subprocess.Popen
 
@@ -99,10 +101,10 @@ def test_a_stop_that_meets_a_query_whose_server_goes_is_not_lost(
 
 
 def test_a_worker_that_ends_when_idle_waits_for_what_its_nodes_say_of_their_cards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    upgraded_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ended before the first job: without their rows no box has the two cards that the job asks for."""
-    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})
+    settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_HOST": "heron"})
     (settings.home / "run").mkdir(parents=True)
     devices = [SimulatedDevice(index=index, uuid=f"SIM-{index}", name="sim", total=8 * GIB) for index in (0, 1)]
     store, looks, popen = Store(connect(settings)), iter(range(1, 30)), subprocess.Popen
@@ -125,9 +127,9 @@ def test_a_worker_that_ends_when_idle_waits_for_what_its_nodes_say_of_their_card
 
 
 def test_a_worker_that_ends_when_idle_waits_for_no_job_of_a_card_that_was_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    upgraded_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})
+    settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_HOST": "heron"})
     (settings.home / "run").mkdir(parents=True)
     sizes = {"0": 80 * GIB, "1": 24 * GIB}
     devices = [SimulatedDevice(index=int(n), uuid=f"SIM-{n}", name="sim", total=size) for n, size in sizes.items()]
@@ -151,8 +153,8 @@ def test_a_worker_that_ends_when_idle_waits_for_no_job_of_a_card_that_was_given_
     assert store.jobs.matching()[0].status is Status.QUEUED
 
 
-def test_a_login_that_may_not_serve_is_told_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "box"})
+def test_a_login_that_may_not_serve_is_told_so_once(upgraded_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_HOST": "box"})
     (settings.home / "run").mkdir(parents=True)
     starts, popen = [], subprocess.Popen
 
@@ -169,9 +171,9 @@ def test_a_login_that_may_not_serve_is_told_so_once(tmp_path: Path, monkeypatch:
 
 
 @pytest.fixture
-def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Idle:
+def idle(upgraded_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Idle:
     """A worker of the cards heron:0 and heron:1 that ends when no job is left for it."""
-    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})
+    settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_HOST": "heron"})
     (settings.home / "run").mkdir(parents=True)
     sizes = (8 * GIB, 24 * GIB)
     devices = [SimulatedDevice(index=n, uuid=f"SIM-{n}", name="sim", total=size) for n, size in enumerate(sizes)]
@@ -214,10 +216,10 @@ def test_a_job_that_only_a_drained_card_could_take_keeps_no_worker(idle: Idle, t
 
 
 def test_a_card_that_could_not_be_read_is_served_by_another_node_once_it_can(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    upgraded_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one that was lost and is reset: its node knows neither its number nor its size."""
-    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})
+    settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_HOST": "heron"})
     (settings.home / "run").mkdir(parents=True)
     unread = SimulatedDevice(index=0, uuid="unread-0", name="card 0", total=0)
     well = SimulatedDevice(index=1, uuid="SIM-1", name="sim", total=8 * GIB)

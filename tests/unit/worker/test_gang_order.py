@@ -40,9 +40,11 @@ SHARES = (GangShare(node="box:1", bytes=6 * GIB), GangShare(node="box:0", bytes=
 
 
 @pytest.fixture
-def place(home: Path) -> Workplace:
+def place(upgraded_home: Path) -> Workplace:
     """The second of a box's two simulated cards."""
-    settings = load_settings({"LORACTL_HOME": str(home), "LORACTL_DEVICES": "sim:8GiB,8GiB", "LORACTL_HOST": "box"})
+    settings = load_settings(
+        {"LORACTL_HOME": str(upgraded_home), "LORACTL_DEVICES": "sim:8GiB,8GiB", "LORACTL_HOST": "box"}
+    )
     store = Store(connect(settings))
     store.cards.see(node_state("box:1", kind="sim", total=8 * GIB))
     return Workplace(

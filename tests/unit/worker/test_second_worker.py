@@ -31,7 +31,7 @@ DEVICE = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+def settings(upgraded_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
     """Of a box whose nodes do nothing until they are told to end; SIGTERM comes as soon as they are there."""
     popen, terminate = subprocess.Popen, signal.getsignal(signal.SIGTERM)
 
@@ -40,7 +40,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settin
         return popen(["sleep", "60"], **how)
 
     monkeypatch.setattr(box.subprocess, "Popen", node)
-    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "box"})
+    settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_HOST": "box"})
     settings.runtime_dir.mkdir(parents=True, exist_ok=True)
     yield settings
     signal.signal(signal.SIGTERM, terminate)
@@ -70,9 +70,9 @@ def test_a_worker_that_stops_takes_its_own_row_away(settings: Settings) -> None:
 
 
 @pytest.fixture
-def queue_runs(real_services: None, tmp_path: Path) -> Iterator[None]:
+def queue_runs(real_services: None, upgraded_home: Path) -> Iterator[None]:
     """Before `settings`, in which no process can be started."""
-    here = load_settings({"LORACTL_HOME": str(tmp_path / "home")})
+    here = load_settings({"LORACTL_HOME": str(upgraded_home)})
     broker_url(here)
     yield
     stop_embedded(here)

@@ -35,13 +35,13 @@ from ..factories import node_state, submission
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+def place(tmp_path: Path, upgraded_home: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     """A processor of a worker whose supervisors may be silent for half a second."""
     (tmp_path / "still.py").write_text("import time; time.sleep(60)  # reads no order")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(module, "STUCK_LEAST_S", 0.5)
     monkeypatch.setattr(module, "LOOK_MOST_S", 0.6)  # two looks are no reason to end this process
-    settings = replace(load_settings({"LORACTL_HOME": str(tmp_path / "home")}), lease_s=0.5)
+    settings = replace(load_settings({"LORACTL_HOME": str(upgraded_home)}), lease_s=0.5)
     store = Store(connect(settings))
     store.cards.see(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=2))
     return Workplace(

@@ -131,7 +131,7 @@ Worker = Callable[..., Box]
 
 
 @pytest.fixture
-def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
+def worker(tmp_path: Path, upgraded_home: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
     """A worker of one device with a shell script for its node: $1 gets what it was told."""
 
     def make(script: str, **more: Any) -> Box:
@@ -145,7 +145,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
             return process
 
         monkeypatch.setattr(box.subprocess, "Popen", node)
-        settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})
+        settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_HOST": "heron"})
         (settings.home / "run").mkdir(parents=True)
         device = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
         return Box(settings, Store(connect(settings)), [device], {}, **more)
@@ -189,10 +189,10 @@ def test_a_notice_stops_after_a_checkpoint_however_often_it_comes(
 
 
 def test_a_worker_with_an_end_is_idle_if_it_has_no_time_for_any_waiting_job(
-    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, upgraded_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it wait for jobs of other boxes: it would hold its allocation for them."""
-    store = Store(connect(load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})))
+    store = Store(connect(load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_HOST": "heron"})))
     store.cards.see(node_state("other:0", total=8 * GIB, max_jobs=1))
     store.jobs.submit(submission(lora=4, qlora=None, method="lora"))
     assert store.attempts.claim("other:0") is not None
@@ -202,9 +202,9 @@ def test_a_worker_with_an_end_is_idle_if_it_has_no_time_for_any_waiting_job(
 
 
 def test_jobs_that_such_a_worker_had_no_time_for_wait_for_one_that_stays_longer(
-    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    worker: Worker, upgraded_home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    store = Store(connect(load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})))
+    store = Store(connect(load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_HOST": "heron"})))
     job_id = store.jobs.submit(submission(lora=4, qlora=None, method="lora"))
     with Session(store.engine) as session, session.begin():
         session.execute(update(Job).where(Job.job_id == job_id).values(checkpoint_s=7200.0))
