@@ -86,16 +86,18 @@ def check_used_data(spec: JobSpec, report: Report = lambda what, done, total: No
 
 def obstacle_to_count(spec: JobSpec) -> str | None:
     """Why the rows can't be counted on this machine; None: they can."""
-    if not has_tokenizer(Path(spec.base_model)):
-        return "there is no tokenizer to count them with"
+    paths = [Path(source.path) for source in spec.dataset.sources]
     try:
-        for source in spec.dataset.sources:
-            if Path(source.path).exists():
-                size_of_rows(Path(source.path))
-            else:
-                return "the data is not on this machine to count them"
+        for path in filter(Path.is_absolute, paths):  # the others are on the hub
+            size_of_rows(path)
     except DataError as error:
         return error.sentence
+    except OSError:
+        return f"{path} is not on this machine to count them"
+    if not has_tokenizer(Path(spec.base_model)):
+        return "there is no tokenizer to count them with"
+    if not all(map(Path.is_absolute, paths)):
+        return "the data is not on this machine to count them"
     if importlib.util.find_spec("torch") is None:
         return "the training stack is not on this machine to count them"
     return None

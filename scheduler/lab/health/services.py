@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import os
 import secrets
 import tempfile
 import time
@@ -17,7 +18,7 @@ from loractl import __version__
 from loractl.common.artifacts import ArtifactStore, checkpoint_prefix, open_store
 from loractl.common.errors import ArtifactError, LoractlError, WrongStore
 from loractl.common.lab_store import SETTING, folder_of, is_home_s, known_mark
-from loractl.common.settings import Settings, redacted
+from loractl.common.settings import OWN_HOME, Settings, redacted
 from loractl.common.store.database import has_database, one_look
 from loractl.common.store.roles import has_roles, unbounded
 from loractl.common.store.schema import HEAD, OLDEST, mismatch, revision
@@ -62,8 +63,12 @@ NO_JOB = 10**18 - 1
 def see_database(settings: Settings) -> Iterator[Condition]:
     """Whether it answers, and takes writes."""
     address = redacted(settings.database_url)
-    if settings.embedded_database and not Path(settings.database_url.removeprefix("sqlite:///")).exists():
+    file = Path(settings.database_url.removeprefix("sqlite:///")) if settings.embedded_database else None
+    if file is not None and not file.exists():
         yield skipped("database", f"there is none yet: {address}", "loractl submit job.yaml makes it")
+        return
+    if file is not None and not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
+        yield broken("database", f"SQLite's file can only be read: {address}", OWN_HOME)
         return
     with one_look(settings) as engine:
         began = time.monotonic()

@@ -61,13 +61,12 @@ def test_a_pair_is_planned_for_as_a_row_of_both_its_answers(base: str) -> None:
         ("/dev/zero", "/dev/zero: has none of the endings .jsonl, .json, .csv, .parquet"),
         ("pipe.jsonl", "{tmp_path}/pipe.jsonl: is not a regular file"),
         ("folder.json", "{tmp_path}/folder.json: is a folder"),
-        ("none.jsonl", "the data is not on this machine to count them"),
+        ("none.jsonl", "{tmp_path}/none.jsonl is not on this machine to count them"),
     ],
 )
 def test_what_submit_would_not_read_as_data_is_not_counted_for_a_plan(
     base: str, tmp_path: Path, name: str, why: str
 ) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "folder.json").mkdir()
     told = row_lengths(spec(base_model=base, dataset={"path": str(tmp_path / name)})).sentence
