@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from loractl.common.errors import DataError
 from loractl.common.job.sections import BadRow, ColumnName, DataFormat, PromptTemplate
+from loractl.common.text import slip_of
 
 from .examples import Example, Examples, Turn
 from .fields import MESSAGES, SIDES, Reading, advice_about, tool_calls, tools, written_calls
@@ -123,6 +124,8 @@ def map_columns(rows: Iterable[RawRow], columns: Mapping[Any, str], file: str | 
         has = column_names(first.value)
         what = f"has no column {column_names(dict.fromkeys(missing))} that dataset.columns names; it has {has}"
         hint = _spaces_apart(missing, first.value) or _turned_round(outer, first.value)
+        close = slip_of(missing[0], first.value)
+        hint = hint or (f"did you mean {close}?" if close else None)
         raise DataError(file, what, row=first.number, hint=hint, kind="unknown columns")
     return _Mapped(rows, outer, inner)
 
@@ -200,11 +203,14 @@ def detect_format(
         what = "the rows are pairs (chosen, rejected), which task_type: preference learns from"
         raise DataError(file, what, row=first.number, hint=hint, kind="unknown columns")
     forms = "; ".join(f"{format.value}: {', '.join(needed)}" for format, needed in _COLUMNS.items())
+    theirs = dict(zip(_COLUMNS[DataFormat.PROMPT_COMPLETION], columns, strict=False)) if len(columns) == 2 else {}
+    like = ", ".join(f"{ours}: {name}" for ours, name in theirs.items()) or "prompt: question"
+    known = f"known columns: {forms}; name yours with dataset.columns, like {{{like}}}"
     raise DataError(
         file,
         f"the columns {column_names(columns)} are those of no known format",
         row=first.number,
-        hint=f"known columns: {forms}; name yours with dataset.columns, like {{prompt: question}}",
+        hint=_meant(columns, [column for needed in _COLUMNS.values() for column in needed]) or known,
         kind="unknown columns",
     )
 
@@ -214,7 +220,14 @@ def _check_columns(first: RawRow, needed: tuple[str, str], rows: str, hint: str,
     if not {*needed} <= first.value.keys():
         given = column_names({name: value for name, value in first.value.items() if value is not None})
         what = f"{rows} with {' and '.join(needed)}, and the columns are {given}"
-        raise DataError(file, what, row=first.number, hint=hint, kind="unknown columns")
+        raise DataError(file, what, row=first.number, hint=_meant(first.value, needed) or hint, kind="unknown columns")
+
+
+def _meant(columns: Iterable[str], known: Sequence[str]) -> str | None:
+    """What to do about a column whose name has a slip."""
+    slips = ((name, slip_of(name.lower(), known)) for name in columns if name not in known)
+    name, close = next((pair for pair in slips if pair[1] is not None), ("", None))
+    return close and f"did you mean {close}? rename the column, or set dataset.columns: {{{close}: {name}}}"
 
 
 def parse_examples(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import functools
 import itertools
@@ -18,6 +19,7 @@ from loractl.common.errors import DataError
 from loractl.common.job.sections import DATA_SUFFIXES
 from loractl.common.job.slices import Slice, parse_split
 from loractl.common.settings import load_settings
+from loractl.common.text import slip_of
 from loractl.common.units import amount
 
 
@@ -38,6 +40,20 @@ def column_names(row: Mapping[str, Any]) -> str:
 _RELATIVE = "a path in a job file is relative to the job file"
 
 _A_LINE_EACH = "one object a line? name it .jsonl"
+
+
+def _hint_of_missing(path: Path) -> str:
+    """What a path without a file was probably meant to be."""
+    if "\\" in str(path):
+        return "write / between folders, as in data/rows.jsonl; a drive of Windows is not on this machine"
+    if "$" in str(path):
+        return "variables are not replaced: write the path itself, or one from the job file's folder"
+    beside: dict[str, Path] = {}
+    with contextlib.suppress(OSError):
+        beside = {file.stem: file for file in path.parent.iterdir() if file.suffix.lower() in DATA_SUFFIXES}
+    close = slip_of(path.stem, beside)
+    return f"did you mean {beside[close]}? {_RELATIVE}" if close else _RELATIVE
+
 
 Told = Callable[[int, int], None]
 """Called while a file is read: bytes read, bytes of the file."""
@@ -63,7 +79,7 @@ class DataFile:
             yield first
             yield from rows
         except FileNotFoundError:
-            raise DataError(self._path, "no such file", hint=_RELATIVE) from None
+            raise DataError(self._path, "no such file", hint=_hint_of_missing(self._path)) from None
         except UnicodeDecodeError:
             what = f"is not UTF-8 (byte {_bad_byte(self._path)})"
             raise DataError(self._path, what, hint="convert it with iconv -t utf-8", kind="not UTF-8") from None
@@ -181,13 +197,22 @@ def _parse_jsonl(path: Path, lines: Iterable[str]) -> Iterator[RawRow]:
             value = json.loads(line.rstrip("\n"))
         except (ValueError, RecursionError) as error:  # ValueError: also a number of 4300 digits
             where = f" (column {error.colno}: {error.msg.lower()})" if isinstance(error, json.JSONDecodeError) else ""
-            hint = (
-                "a .jsonl file has one object a line; name it .json if it is one array"
-                if line.strip() in ("[", "{")
-                else None
-            )
+            hint = _slip_in(line.strip())
             raise DataError(path, f"is not valid JSON{where}", row=number, hint=hint, kind="broken JSON") from None
         yield _row(path, number, value)
+
+
+def _slip_in(line: str) -> str | None:
+    """What a line probably is in place of JSON."""
+    if line.startswith("[") or line == "{":
+        return "a .jsonl file has one object a line; name it .json if it is one array"
+    if not line.startswith("{"):
+        return "a .jsonl file has one object a line; name it .csv if it is a table with commas"
+    if line.startswith("{'"):
+        return "JSON has double quotes, as json.dumps writes them"
+    if line.endswith(","):
+        return "a line ends without a comma"
+    return 'write straight quotes, "' if "\N{LEFT DOUBLE QUOTATION MARK}" in line else None
 
 
 def _parse_json(path: Path, text: str) -> list[RawRow]:

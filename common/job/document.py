@@ -98,10 +98,14 @@ def read_documents(path: Path, what: str = JOB_FILE) -> list[Document]:
     return found
 
 
+_BACKSLASH = "in double quotes a backslash begins a special character: write single quotes, and / between folders"
+
 _SLIPS = {
     "expected <block end>": "the keys of one section begin in the same column",
     "mapping values are not allowed": "here or one line above: a missing colon, a key in the wrong column, or an "
     "unquoted text with a colon",
+    "found unknown escape character": _BACKSLASH,
+    "expected escape sequence": _BACKSLASH,
     "found unhashable key": "a key is one text; a value that begins with a bracket or a brace goes into quotes",
     "could not find expected ':'": "write a colon and a space after a key, like name: mine",
     "expected ',' or": "the bracket of line {line} is not closed",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import datetime as dt
 import difflib
 import json
+import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -350,11 +352,32 @@ def _explain(error: Any, key: str) -> tuple[str, str | None]:
     if wanted := _WANTED.get(kind):
         if kind == "list_type" and isinstance(given, str):
             return f"{shown} is not {wanted}", f"write [{given}]"
+        if given is None and kind == "model_type":
+            return "is empty", "indent its keys below it, or leave it out"
+        if kind == "dict_type":
+            return f"{shown} is not {wanted}", "write {key: value}"
+        if kind == "string_type" and isinstance(given, list) and key == "dataset.path":
+            return f"{shown} is not {wanted}", "name one file here; dataset.more takes the others"
+        whole = kind == "int_parsing"
+        if (whole or kind == "float_parsing") and (number := _number_meant(str(given), whole=whole)):
+            return f"{shown} is not {wanted}", f"write {number}"
         wanted += "; write it like [q_proj, v_proj]" if kind == "list_type" and key.endswith("target_modules") else ""
-        quoted = "; write it in quotes" if wanted == "text" and isinstance(given, (int, float, bool)) else ""
+        quoted = "; write it in quotes" if wanted == "text" and isinstance(given, (int, float, bool, dt.date)) else ""
         whole = f"write {{path: {given}}}" if key == "dataset" and isinstance(given, str) else None
         return f"{shown} is not {wanted}{quoted}", whole
     return f"{shown}: {error['msg'][0].lower()}{error['msg'][1:]}", None
+
+
+def _number_meant(given: str, *, whole: bool) -> str | None:
+    """What a number with a decimal comma or in percent means, or one with an exponent where a whole one is asked for;
+    None for 1,000, which may be either."""
+    if re.fullmatch(r"0,\d+|\d+,\d{1,2}", given) and not whole:
+        return given.replace(",", ".")
+    if re.fullmatch(r"\d{1,2}%", given) and not whole:
+        return f"{int(given[:-1]) / 100:g}"
+    if whole and re.fullmatch(r"[1-9]\d?[eE]\d", given):
+        return str(int(float(given)))
+    return None
 
 
 def _value_meant(given: str, allowed: Sequence[str]) -> str | None:
@@ -403,5 +426,6 @@ def _resolve_paths(spec: JobSpec, folder: Path, known: Container[str] = ()) -> J
             # not a path of this system: the name is too long, or ~name is not a user
             return text
 
-    placed = spec.with_data_sets({key: local(text) for key, text in spec.data_sets().items()})
+    data = {key: local(from_address(text, "datasets/")) for key, text in spec.data_sets().items()}
+    placed = spec.with_data_sets(data)
     return placed.model_copy(update={"base_model": local(from_address(spec.base_model))})

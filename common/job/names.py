@@ -58,9 +58,10 @@ def is_hub_id(text: str) -> bool:
     return re.fullmatch(rf"(?:{part}/)?{part}", text) is not None and ".." not in text
 
 
-def from_address(text: str) -> str:
-    """owner/name, where the text is the address of a model's page on the hub; else the text as it is."""
-    page = re.fullmatch(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)/?", text)
+def from_address(text: str, kind: str = "") -> str:
+    """owner/name, where the text is the address of a model's page on the hub, or of a data set's ("datasets/"); else
+    the text as it is."""
+    page = re.fullmatch(rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/{kind}([^/?#]+/[^/?#]+)/?", text)
     return page[1] if page and is_hub_id(page[1]) else text
 
 

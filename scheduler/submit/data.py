@@ -162,6 +162,10 @@ def _refuse_unknown_names(spec: JobSpec) -> None:
     for text in spec.data_sets().values():
         if not is_local(text) and not is_hub_data(text):
             hint = "name a file (jsonl, json, csv, parquet) next to the job file, or a hub id like owner/name"
+            if "://" in text:
+                hint = "copy it next to the job file and name that file, or name a data set of the hub like owner/name"
+            elif text[0] in "\N{LEFT DOUBLE QUOTATION MARK}\N{LEFT SINGLE QUOTATION MARK}":
+                hint = "write straight quotes, or none"
             raise DataError(text, "is neither a file here nor a data set on the hub", hint=hint)
 
 

@@ -207,6 +207,33 @@ def test_a_file_that_cannot_be_read_at_all_is_refused_in_a_sentence(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("prompt,completion", "name it .csv if it is a table"),
+        ('[{"a": 1},', "name it .json if it is one array"),
+        ("{'a': 'b'}", "JSON has double quotes"),
+        ('{"a": "b"},', "a line ends without a comma"),
+        ('{"a": “b”}', "write straight quotes"),
+    ],
+)
+def test_a_line_of_something_else_than_json_gets_its_way(tmp_path: Path, line: str, hint: str) -> None:
+    assert hint in str(refused(write(tmp_path, "d.jsonl", f"{line}\n")).hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("rows.json", "did you mean {tmp_path}/rows.jsonl?"),
+        ("C:\\Users\\ada\\rows.jsonl", "write / between folders"),
+        ("$HOME/rows.jsonl", "variables are not replaced"),
+    ],
+)
+def test_a_path_without_a_file_gets_what_was_meant(tmp_path: Path, name: str, hint: str) -> None:
+    write(tmp_path, "rows.jsonl", "{}\n")
+    assert hint.format(tmp_path=tmp_path) in str(refused(tmp_path / name).hint)
+
+
+@pytest.mark.parametrize(
     ("value", "format", "why"),
     [
         ({"messages": [], "text": "x"}, DataFormat.MESSAGES, "the rows have messages"),
@@ -226,6 +253,29 @@ def test_a_format_that_was_set_is_not_guessed_and_unknown_columns_are_listed() -
         detect_format(rows, "d")
     assert caught.value.hint is not None
     assert "alpaca: instruction, output" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted", "hint"),
+    [
+        (
+            "promt completion",
+            DataFormat.AUTO,
+            "did you mean prompt? rename the column, or set dataset.columns: {prompt: promt}",
+        ),
+        ("Prompt Completion", DataFormat.AUTO, "did you mean prompt?"),
+        ("question answer", DataFormat.AUTO, "like {prompt: question, completion: answer}"),
+        ("text lable", DataFormat.CLASSIFICATION, "did you mean label?"),
+        ("chosen reject", DataFormat.PREFERENCE, "did you mean rejected?"),
+    ],
+)
+def test_a_slip_in_a_column_s_name_gets_the_name(columns: str, wanted: DataFormat, hint: str) -> None:
+    with pytest.raises(DataError) as caught:
+        detect_format([RawRow(number=1, value=dict.fromkeys(columns.split(), "a"))], "d", wanted)
+    assert hint in str(caught.value.hint)
+    with pytest.raises(DataError) as caught:
+        map_columns([RawRow(number=1, value={"answr": "a"})], {"completion": "answer"}, "d")
+    assert caught.value.hint == "did you mean answr?"
 
 
 def test_spaces_at_the_ends_of_a_columns_name_are_seen_and_a_mapping_the_wrong_way_round() -> None:

@@ -570,6 +570,34 @@ def test_a_key_is_the_text_that_is_written(tmp_path: Path, key: str) -> None:
     assert load_spec(write(tmp_path, MINIMAL + f"labels: {{{key}: x}}\n")).labels == {key: "x"}
 
 
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("training:", "indent its keys below it, or leave it out"),
+        ("training: {learning_rate: '0,0001'}", "write 0.0001"),
+        ("training: {max_steps: 1e3}", "write 1000"),
+        ("training: {max_steps: '1,000'}", "None"),
+        ("dataset: {path: org/data, test_size: 10%}", "write 0.1"),
+        ("dataset: {path: [a.jsonl, b.jsonl]}", "name one file here; dataset.more takes the others"),
+        ("labels: [a, b]", "write {key: value}"),
+        ('revision: "a\\Users"', "write single quotes, and / between folders"),
+    ],
+)
+def test_a_value_in_another_form_gets_the_one_that_was_meant(tmp_path: Path, line: str, hint: str) -> None:
+    kept = MINIMAL.replace("dataset: {path: org/data}\n", "") if line.startswith("dataset") else MINIMAL
+    assert hint in str(only(write(tmp_path, kept + line + "\n")).hint)
+
+
+def test_a_date_as_a_name_is_told_to_be_quoted(tmp_path: Path) -> None:
+    problem = only(write(tmp_path, MINIMAL.replace("tiny", "2026-06-01")))
+    assert problem.what == '"2026-06-01" is not text; write it in quotes'
+
+
+def test_the_address_of_a_data_set_s_page_is_its_name(tmp_path: Path) -> None:
+    page = "https://huggingface.co/datasets/org/data"
+    assert load_spec(write(tmp_path, MINIMAL.replace("org/data", page))).dataset.path == "org/data"
+
+
 @pytest.mark.parametrize("line", ["[a, b]: x", "name: {{ name }}"])
 def test_a_list_or_braces_as_a_key_are_told_how_to_be_written(tmp_path: Path, line: str) -> None:
     problem = only(write(tmp_path, f"method: lora\n{line}\n"))
