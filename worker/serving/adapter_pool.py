@@ -8,7 +8,6 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,10 +275,12 @@ class AdapterPool:
     def _routed(self, keys: Sequence[str]) -> Iterator[None]:
         """Give every adapted layer the adapter of each row, like peft's own `adapter_names`. But peft 0.21 leaves its
         hooks behind if the forward fails, and every later one would fail too."""
+
+        def name_rows(layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "adapter_names": list(keys)}
+
         layers = {id(layer): layer for key in {*keys} - {BASE} for layer in self._layers[key]}
-        hooks = [
-            layer.register_forward_pre_hook(partial(_name_rows, keys), with_kwargs=True) for layer in layers.values()
-        ]
+        hooks = [layer.register_forward_pre_hook(name_rows, with_kwargs=True) for layer in layers.values()]
         try:
             yield
         finally:
@@ -318,10 +319,6 @@ def warn_of_arithmetic(pool: AdapterPool, adapters: Sequence[Listed], warn: Call
         who = ", ".join(first) + (f" and {more} more" if more else "")
         what = f"trained on a base in {trained}, and answer here on one in {pool.number_format}"
         warn(f"{what}: {who}; not all of their answers will be those of their reports")
-
-
-def _name_rows(keys: Sequence[str], layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": list(keys)}
 
 
 def _strip(model: Any) -> None:

@@ -10,7 +10,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -40,14 +39,6 @@ READ_TOKENS = 8192
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How large a batch may grow."""
-
-    rows: int = 32
-    cache_bytes: int | None = None  # None: from the free memory
-
-
 class TooLong(UsageError):
     """A request that no batch can hold."""
 
@@ -55,18 +46,18 @@ class TooLong(UsageError):
 class Decoder:
     """Answers requests on a base in memory. Any thread may call `ask`; one thread at a time steps."""
 
-    def __init__(self, pool: AdapterPool, limits: Limits | None = None) -> None:
-        limits = limits or Limits()
+    def __init__(self, pool: AdapterPool, *, rows: int = 32, cache_bytes: int | None = None) -> None:
+        """`rows`: how many a batch may have. `cache_bytes`: of keys and values; None: from the free memory."""
         self._pool = pool
         self._ends = end_ids(pool.model, pool.tokenizer)
         self.forms = GrammarCompiler(pool.tokenizer, self._ends)
-        self._rows = limits.rows
+        self._rows = rows
         self._lock = threading.Condition()
         self._waiting: deque[Ask] = deque()
         self._lanes: dict[str, Lane] = {}
         self._turn = 0
         self._token_bytes = bytes_a_token(pool)
-        self._cache_bytes = _cache_bytes(pool) if limits.cache_bytes is None else limits.cache_bytes
+        self._cache_bytes = _cache_bytes(pool) if cache_bytes is None else cache_bytes
         self.context = int(getattr(pool.model.config.get_text_config(), "max_position_embeddings", 2**31 - 1))
 
     @property

@@ -9,14 +9,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -130,34 +130,18 @@ def make_app(engine: Decoder, names: Names, library: Library, *, key: str | None
         state = {"status": service.state, "running": engine.running, "waiting": engine.waiting}
         return JSONResponse(state, status_code=200 if service.state == "ok" else 503)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": await service.models()}
+    def takes(path: str, kind: type[BaseModel], answer: Callable[[Any, Request], Awaitable[Any]]) -> None:
+        @app.post(path)
+        async def posted(request: Request) -> Any:
+            return await answer(await _read(request, kind), request)
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        return await service.model(name)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Any:
-        return await service.chat(await _read(request, ChatRequest), request)
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Any:
-        return await service.complete(await _read(request, TextRequest), request)
-
-    @app.get("/tokenizer_info")
-    async def tokenizer_info() -> dict[str, Any]:
-        return service.tokenizer_info()
-
-    @app.post("/tokenize")
-    async def tokenize(request: Request) -> dict[str, Any]:
-        return await service.tokenize(await _read(request, TokenizeRequest))
-
-    @app.post("/detokenize")
-    async def detokenize(request: Request) -> dict[str, Any]:
-        return await service.detokenize(await _read(request, DetokenizeRequest))
-
+    app.get("/v1/models")(service.models)
+    app.get("/v1/models/{name:path}")(service.model)
+    app.get("/tokenizer_info")(service.tokenizer_info)
+    takes("/v1/chat/completions", ChatRequest, service.chat)
+    takes("/v1/completions", TextRequest, service.complete)
+    takes("/tokenize", TokenizeRequest, service.tokenize)
+    takes("/detokenize", DetokenizeRequest, service.detokenize)
     return app
 
 
@@ -211,19 +195,20 @@ class Service:
             self.state = "the server is ending"
         self._engine.fail_all(self.state)
 
-    async def models(self) -> list[dict[str, Any]]:
-        known = await _refusing(self._names.all)
-        base = {"id": "base", "object": "model", "created": 0, "owned_by": "loractl", **self._engine.arithmetic(None)}
-        return [base, *(self._card(name, listed) for name, listed in sorted(known.items()))]
+    async def models(self) -> dict[str, Any]:
+        known = sorted((await _refusing(self._names.all)).items())
+        return {"object": "list", "data": [self._card("base", None), *(self._card(*one) for one in known)]}
 
     async def model(self, name: str) -> dict[str, Any]:
         listed = await self._find(name)
-        return (await self.models())[0] if listed is None else self._card(name, listed)
+        return self._card("base" if listed is None else name, listed)
 
-    def _card(self, name: str, listed: Listed) -> dict[str, Any]:
-        about = {"job_id": listed.job_id, "name": listed.name, "base_model": listed.spec.base_model}
-        own = {"id": name, "object": "model", "created": listed.created, "owned_by": "loractl"}
-        return {**own, **about, **self._engine.arithmetic(listed)}
+    def _card(self, name: str, listed: Listed | None) -> dict[str, Any]:
+        """Of a model; None: the base."""
+        own = {"id": name, "object": "model", "created": listed.created if listed else 0, "owned_by": "loractl"}
+        if listed is not None:
+            own |= {"job_id": listed.job_id, "name": listed.name, "base_model": listed.spec.base_model}
+        return {**own, **self._engine.arithmetic(listed)}
 
     async def chat(self, asked: ChatRequest, request: Request) -> Any:
         listed = await self._find(asked.model)
@@ -268,18 +253,18 @@ class Service:
         if wrong := [token for token in tokens if not 0 <= token < most]:
             raise ApiError(400, f"there is no token {wrong[0]}: the model has those from 0 to {most - 1}", param=param)
 
-    def tokenizer_info(self) -> dict[str, Any]:
+    async def tokenizer_info(self) -> dict[str, Any]:
         known = self._tokenizer
         names = ("bos_token", "eos_token", "pad_token", "chat_template")
         return {"tokenizer_class": type(known).__name__, **{name: getattr(known, name) for name in names}}
 
-    async def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, asked: TokenizeRequest, request: Request) -> dict[str, Any]:
         self._check_length(len(asked.prompt), 1, "prompt")
         special = asked.add_special_tokens
         ids = await _refusing(lambda: self._tokenizer(asked.prompt, add_special_tokens=special).input_ids)
         return {"tokens": ids, "count": len(ids), "max_model_len": self._engine.longest}
 
-    async def detokenize(self, asked: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(self, asked: DetokenizeRequest, request: Request) -> dict[str, Any]:
         # a body holds two million tokens, and the text of each may be a hundred letters
         await _refusing(lambda: self._engine.room(len(asked.tokens), 0), "tokens")
         self._check_tokens(asked.tokens, "tokens")

@@ -134,6 +134,9 @@ _DESCRIBING = frozenset({
 
 _REASONS = {"functions": "functions is not supported here: write them as tools"}
 
+_FORMS = {"text": (), "json_object": (), "json_schema": ("json_schema",)}
+_SCHEMA_KEYS = ("name", "schema", "strict", "description")
+
 StopText = Annotated[str, Field(max_length=256)]
 
 
@@ -155,10 +158,27 @@ class _Request(BaseModel):
 
     @field_validator("response_format")
     @classmethod
-    def _known_form(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is not None:
-            _check_form(value)
-        return value
+    def _known_form(cls, form: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Raises ApiError for a response_format that OpenAI does not have."""
+
+        def wrong(what: str, param: str = "") -> ApiError:
+            return ApiError(400, f"response_format{param} {what}", param=f"response_format{param}")
+
+        if form is None:
+            return None
+        kind = form.get("type")
+        if kind not in _FORMS:
+            raise wrong(f"must be one of {', '.join(_FORMS)}", ".type")
+        if others := sorted(form.keys() - {"type", *_FORMS[kind]}):
+            raise wrong(f"has a key {others[0][:64]}, which {kind} does not know")
+        if kind != "json_schema":
+            return form
+        asked = form.get("json_schema")
+        if not isinstance(asked, dict) or not isinstance(asked.get("schema"), dict):
+            raise wrong("must have an object schema", ".json_schema")
+        if others := sorted(asked.keys() - {*_SCHEMA_KEYS}):
+            raise wrong(f"has a key {others[0][:64]}; known are {', '.join(_SCHEMA_KEYS)}", ".json_schema")
+        return form
 
     @property
     def schema_wanted(self) -> dict[str, Any] | None:
@@ -191,50 +211,21 @@ class _Request(BaseModel):
 
     @model_validator(mode="after")
     def _no_more_than_can_be_done(self) -> _Request:
+        known = {*type(self).model_fields, *_UNCHANGING, *_DESCRIBING}
         for key, value in (self.model_extra or {}).items():
             if key in _UNCHANGING:
                 if value not in _UNCHANGING[key]:
                     what = _REASONS.get(key, f"{key} is not supported here")
                     raise ApiError(400, what, code="unsupported_parameter", param=key)
-            elif key not in _DESCRIBING:
-                self._refuse_a_slip(key)
+            elif key not in _DESCRIBING and (close := slip_of(key, known)):  # the response's header names the rest
+                what = f"{key[:64]} is not known here; did you mean {close}?"
+                raise ApiError(400, what, code="unknown_parameter", param=key[:64])
         return self
-
-    def _refuse_a_slip(self, key: str) -> None:
-        """Raises ApiError for a misspelt key. The response's header names the rest."""
-        known = {*type(self).model_fields, *_UNCHANGING, *_DESCRIBING}
-        if close := slip_of(key, known):
-            what = f"{key[:64]} is not known here; did you mean {close}?"
-            raise ApiError(400, what, code="unknown_parameter", param=key[:64])
 
     @property
     def unused(self) -> list[str]:
         """Unknown keys: they change no answer."""
         return [key for key in self.model_extra or {} if key not in _UNCHANGING and key not in _DESCRIBING]
-
-
-_FORMS = {"text": (), "json_object": (), "json_schema": ("json_schema",)}
-_SCHEMA_KEYS = ("name", "schema", "strict", "description")
-
-
-def _check_form(form: dict[str, Any]) -> None:
-    """Raises ApiError for a response_format that OpenAI does not have."""
-
-    def wrong(what: str, param: str = "") -> ApiError:
-        return ApiError(400, f"response_format{param} {what}", param=f"response_format{param}")
-
-    kind = form.get("type")
-    if kind not in _FORMS:
-        raise wrong(f"must be one of {', '.join(_FORMS)}", ".type")
-    if others := sorted(form.keys() - {"type", *_FORMS[kind]}):
-        raise wrong(f"has a key {others[0][:64]}, which {kind} does not know")
-    if kind != "json_schema":
-        return
-    asked = form.get("json_schema")
-    if not isinstance(asked, dict) or not isinstance(asked.get("schema"), dict):
-        raise wrong("must have an object schema", ".json_schema")
-    if others := sorted(asked.keys() - {*_SCHEMA_KEYS}):
-        raise wrong(f"has a key {others[0][:64]}; known are {', '.join(_SCHEMA_KEYS)}", ".json_schema")
 
 
 class ChatRequest(_Request):

@@ -15,7 +15,7 @@ from loractl.common.listener import KEEP_ALIVE_S, Connection, Listener
 from loractl.worker.protocol.trust import check_base
 from loractl.worker.serving.adapter_pool import BaseChoice, open_pool, warn_of_arithmetic
 from loractl.worker.serving.card import Footprint, take_card
-from loractl.worker.serving.decoding.decoder import Decoder, Limits
+from loractl.worker.serving.decoding.decoder import Decoder
 from loractl.worker.serving.library import Library, Listed, same_base, usual_arithmetic
 
 from .application import Names
@@ -50,7 +50,7 @@ def load_served(
     pool = open_pool(base, library, list((given or {}).values()), tell, warn, options.adapter_memory)
     if given is None:
         warn_of_arithmetic(pool, served, warn)
-    engine = Decoder(pool, Limits(rows=options.max_batch, cache_bytes=options.cache_memory))
+    engine = Decoder(pool, rows=options.max_batch, cache_bytes=options.cache_memory)
     shown = ", ".join(sorted(names.all())) or "none is stored yet"
     tell(f"Models: base; adapters: {shown}.")
     return engine, names
