@@ -102,7 +102,7 @@ def _attention(
     """The median of some times, in milliseconds; the answer and the gradients."""
     attention = RowAttention("sdpa")
     attention._at_once = lambda *_: once  # type: ignore[method-assign]
-    attention.lengths = lengths
+    attention.begin(lengths)
     module = SimpleNamespace(num_key_value_groups=HEADS // GROUPS, is_causal=True)
     took, found = [], list[torch.Tensor]()
     for _ in range(times):

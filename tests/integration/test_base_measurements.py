@@ -19,7 +19,6 @@ import pytest
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base import source
 from loractl.worker.base.box_cache import BoxCache
-from loractl.worker.engine.loss import meet
 from loractl.worker.evaluation import evaluation as measuring
 from loractl.worker.protocol.messages import FileKept, KnownFile, Note, StageChanged, Start
 from loractl.worker.recipe import fit
@@ -267,7 +266,7 @@ def test_pairs_that_passed_in_other_micro_batches_are_scored_again(
         if failed:
             return fit_once(run, learner, forward, data, *of)
         failed.append(1)
-        meet(forward.loss, [data.trained_rows[n] for n in range(4)])  # before the first step
+        forward.loss.meet([data.trained_rows[n] for n in range(4)])  # before the first step
         return "no room"
 
     monkeypatch.setattr(fit, "_fit_once", short_of_memory)

@@ -110,7 +110,7 @@ def test_a_trainer_that_meets_it_says_so(
     def fail(*_: object) -> None:
         raise RuntimeError(text)
 
-    monkeypatch.setattr("loractl.worker.recipe.run.hold_to", fail)
+    monkeypatch.setattr("loractl.worker.base.gauge.hold_to", fail)
     (tmp_path / "data.jsonl").write_text("")
     order = make_order(tmp_path, tmp_path, tmp_path / "data.jsonl")
     ended = trainer._run(order, StopOrder(), lambda _: None)

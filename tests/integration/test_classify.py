@@ -31,6 +31,7 @@ from loractl.worker.base.model import Head, Learner, load_base, load_tokenizer
 from loractl.worker.data.prepared import prepare_data
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.evaluation.classifier import classify, evaluate_classifier, row_losses
+from loractl.worker.evaluation.evaluation import EvaluationTask
 from loractl.worker.protocol.messages import Ended, Note, Stepped
 
 from ..conftest import Cli
@@ -182,13 +183,15 @@ def test_held_out_texts_that_resemble_trained_ones_are_measured_apart(tiny_model
         file.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
     dataset = DatasetSpec(path=str(files[0]), eval_path=str(files[1]), format=DataFormat.CLASSIFICATION)
     data = prepare_data(dataset, str(files[0]), str(files[1]), None, tokenizer, None)
-    leaks = Leaks(data.held_out_examples)
+    leaks = Leaks(data.held_out.examples)
     leaks.see_all(data.train_examples)
     precision = choose_precision("cpu", "float32")
     learner = Learner(model=_tuned(tiny_model, Method.LORA), tokenizer=tokenizer, precision=precision)
     rule = FormRule(what="the last sign", right=dict.fromkeys(data.held_out.rows.numbers, True))
-    data = replace(data, given_away=tuple(leaks.rows), rule=rule)
-    found = evaluate_classifier(learner, data, _spec(tiny_model), check_stop=lambda: None)
+    data = replace(data, held_out=replace(data.held_out, given_away=tuple(leaks.rows), rule=rule))
+    found = evaluate_classifier(
+        EvaluationTask(learner=learner, data=data, spec=_spec(tiny_model), check_stop=lambda: None)
+    )
     assert found.given_away == 19 and found.rows == 39
     assert next(metric.cases for metric in found.metrics if metric.name == "new_rows_loss") == 20
     (against,) = [metric for metric in found.metrics if metric.name == "cheap_form_accuracy"]
@@ -293,7 +296,7 @@ def test_a_row_that_is_cut_ends_as_its_tokenizer_ends_every_text(tiny_model: Pat
     assert cut.truncated > 0 and all(len(row.input_ids) <= 8 and row.input_ids[-1] == 0 for row in cut.rows)
     dropped = _spec(tiny_model, dataset={"path": str(path), "max_length": 9, "on_overflow": "drop"})
     data = prepare_data(dropped.dataset, str(path), None, None, tokenizer, tmp_path / "cache")
-    assert data.train.too_long > 0 and len(data.held_out_examples) == len(data.held_out.rows)
+    assert data.train.too_long > 0 and len(data.held_out.examples) == len(data.held_out.rows)
     again = prepare_data(dropped.dataset, str(path), None, None, tokenizer, tmp_path / "cache")
     assert again.train == data.train, "the labels are there with tokens from the cache as well"
     names = {e.number: e.label for e in data.train_examples}

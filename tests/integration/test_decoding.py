@@ -22,7 +22,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice, NoRoom
 from loractl.worker.serving.decoding import decoder as decoding
-from loractl.worker.serving.decoding.decoder import Decoder, Limits, TooLong
+from loractl.worker.serving.decoding.decoder import Decoder, TooLong
 from loractl.worker.serving.decoding.request import Ask, Said
 from loractl.worker.serving.library import Arithmetic, Listed
 
@@ -77,7 +77,7 @@ class Bench:
 
     def __init__(self, model: Path, adapters: dict[str, Path], memory: int | None = None, **limits: Any) -> None:
         self.pool = AdapterPool(BaseChoice(model=str(model), revision=None, dtype="float32"), memory)
-        self.engine = Decoder(self.pool, Limits(**limits))
+        self.engine = Decoder(self.pool, **limits)
         self._adapters, self._model = adapters, model
         self.said: list[list[Said]] = []
 
@@ -530,7 +530,7 @@ def test_a_sliding_window_is_kept_and_a_model_without_keys_and_values_is_refused
 def test_the_base_in_nf4_answers_in_mixed_batches_too(tiny_model: Path, adapters: dict[str, Path]) -> None:
     b = Bench(tiny_model, adapters)
     b.pool = AdapterPool(BaseChoice(model=str(tiny_model), revision=None, method=Method.QLORA, dtype="float32"))
-    b.engine = Decoder(b.pool, Limits())
+    b.engine = Decoder(b.pool)
     asked = [(prompt, name) for prompt in PROMPTS[:2] for name in ("one", "two", None)]
     for prompt, name in asked:
         b.ask(prompt, name, 8)

@@ -25,13 +25,14 @@ from loractl.worker.evaluation.answers import ROUGE, rouge
 from loractl.worker.evaluation.comparison import (
     BOOTSTRAP_SEED,
     Compared,
+    Labels,
     Measure,
     compare_shares,
     draws,
+    label_metrics,
     paired_interval,
 )
-from loractl.worker.evaluation.confusion import Labels, label_metrics
-from loractl.worker.evaluation.evaluation import evaluate
+from loractl.worker.evaluation.evaluation import EvaluationTask, evaluate
 from loractl.worker.evaluation.report import verdict
 from loractl.worker.evaluation.row_losses import LOSS, generate
 from loractl.worker.protocol.messages import Note, Start, Stepped
@@ -452,9 +453,9 @@ def test_questions_that_hold_their_answers_are_told_of_held_out_and_of_final_row
         ]
         order = start(dataset={"eval_path": str(files[0]), "final_path": str(files[1])})
         data = prepare_rows(order, order.spec, load_tokenizer(str(tiny_model), None))
-        assert data.of_final is not None
-        assert (bool(data.read_off), bool(data.of_final.read_off)) == expected
-        assert "rows of the final file hold" in data.of_final.read_off or not expected[1]
+        assert data.final is not None
+        assert (bool(data.held_out.read_off), bool(data.final.read_off)) == expected
+        assert "rows of the final file hold" in data.final.read_off or not expected[1]
 
 
 def test_labels_said_as_text_are_compared_with_a_rule_by_the_form_of_the_questions(
@@ -477,7 +478,8 @@ def test_labels_said_as_text_are_compared_with_a_rule_by_the_form_of_the_questio
     precision = choose_precision("cpu", "float32")
     model = add_adapter(load_base(str(tiny_model), Method.LORA, "cpu", precision), order.spec, Method.LORA)
     learner = Learner(model=model, tokenizer=tokenizer, precision=precision)
-    found = {one.name: one for one in evaluate(learner, data, order.spec, check_stop=lambda: None).metrics}
+    task = EvaluationTask(learner=learner, data=data, spec=order.spec, check_stop=lambda: None)
+    found = {one.name: one for one in evaluate(task).metrics}
     against = found["cheap_form_accuracy"]
     assert (against.label, against.cases) == ("labels right, against the last sign alone", 24)
     assert (against.base, against.tuned, against.reading) == (87.5, found["accuracy"].tuned, "worse")

@@ -121,7 +121,7 @@ def old_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(need, "are_fused", lambda *_: False)
     monkeypatch.setattr(need, "lengths_of", lambda lengths: lengths)
-    monkeypatch.setattr(Run, "lower_to", lambda *_: None)  # which asks the card
+    monkeypatch.setattr("loractl.worker.recipe.need.limit_to", lambda *_: None)  # which asks the card
 
 
 def told_need(tmp_path: Path, family: str, given: int, gpu: str = "GPU-0", **training: object) -> Planned:

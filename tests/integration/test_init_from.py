@@ -124,10 +124,10 @@ def test_what_every_adapter_before_has_learned_counts_and_what_is_not_known_is_s
     for taught in lessons:
         ancestor = Ancestor(path="", job_id=taught[0].job_id, name="tiny", sha256="", taught=taught)
         found.append(prepare_rows(order.model_copy(update={"init_from": ancestor}), order.spec, tokenizer))
-    assert [len(prepared.given_away) for prepared in found] == [0, 29, 9, 0, 0]
-    assert [len(prepared.of_final.given_away) for prepared in found if prepared.of_final] == [6, 6, 3, 0, 0]
-    assert all("before this one, is not known" in prepared.doubts()[-1] for prepared in found[3:])
-    assert not found[0].doubts() and found[0].of_final and found[0].of_final.doubts()
+    assert [len(prepared.held_out.given_away) for prepared in found] == [0, 29, 9, 0, 0]
+    assert [len(prepared.final.given_away) for prepared in found if prepared.final] == [6, 6, 3, 0, 0]
+    assert all("before this one, is not known" in prepared.held_out.doubts()[-1] for prepared in found[3:])
+    assert not found[0].held_out.doubts() and found[0].final and found[0].final.doubts()
 
 
 def test_pairs_whose_chosen_answers_an_earlier_adapter_has_learned_are_known(
@@ -145,9 +145,11 @@ def test_pairs_whose_chosen_answers_an_earlier_adapter_has_learned_are_known(
     ancestor = Ancestor(path="", job_id=1, name="tiny", sha256="", taught=[Taught(job_id=1, **of(answers, 0.02))])
     tokenizer = load_tokenizer(str(tiny_model), None)
     data = prepare_rows(order.model_copy(update={"init_from": ancestor}), order.spec, tokenizer)
-    known = [one.number for one in data.held_out_examples if one.number <= 50]
-    assert len(data.given_away) >= len(known) - 1 and {*data.given_away} <= {*known} and len(known) > 20
-    assert data.resemble == "resemble rows that the adapter before it was trained on"
+    known = [one.number for one in data.held_out.examples if one.number <= 50]
+    assert (
+        len(data.held_out.given_away) >= len(known) - 1 and {*data.held_out.given_away} <= {*known} and len(known) > 20
+    )
+    assert data.held_out.resemble == "resemble rows that the adapter before it was trained on"
 
 
 def of(data: Path, share: float) -> dict[str, Any]:

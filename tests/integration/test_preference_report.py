@@ -26,10 +26,10 @@ from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner, load_base, load_tokenizer
 from loractl.worker.data.prepared import PreparedData, prepare_data
 from loractl.worker.engine.passes.lean import LeanPass
-from loractl.worker.evaluation.evaluation import Evaluation
+from loractl.worker.evaluation.evaluation import Evaluation, EvaluationTask
 from loractl.worker.evaluation.preferences import evaluate_preferences, repetition
 from loractl.worker.evaluation.report import _evaluation, render_html, verdict
-from loractl.worker.recipe.kinds import EvaluationTask, trained_kind
+from loractl.worker.recipe.kinds import trained_kind
 
 from ..acceptance.test_report_page import report
 
@@ -93,7 +93,7 @@ def made(tiny_model: Path, tmp_path: Path) -> Made:
 
 
 def evaluated(learner: Learner, data: PreparedData, spec: JobSpec, **how: Any) -> tuple[Evaluation, dict[str, Any]]:
-    found = evaluate_preferences(learner, data, spec, lambda: None, **how)
+    found = evaluate_preferences(EvaluationTask(learner=learner, data=data, spec=spec, check_stop=lambda: None, **how))
     return found, {metric.name: metric for metric in found.metrics}
 
 
@@ -251,7 +251,7 @@ def test_final_pairs_are_measured_as_the_held_out_ones(made: Made) -> None:
 @pytest.mark.long
 def test_pairs_that_are_given_away_are_measured_apart(made: Made) -> None:
     learner, data, spec = made()
-    _, metrics = evaluated(learner, replace(data, given_away=(2, 5)), spec)
+    _, metrics = evaluated(learner, replace(data, held_out=replace(data.held_out, given_away=(2, 5))), spec)
     assert (metrics["new_rows_loss"].cases, metrics["new_rows_preference_accuracy"].cases) == (8, 8)
     spec = spec.model_copy(
         update={"evaluation": spec.evaluation.model_copy(update={"metrics": ["loss"], "samples": 0})}

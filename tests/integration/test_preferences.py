@@ -26,7 +26,7 @@ from loractl.worker.base.model import Learner
 from loractl.worker.data.row_forms import form_of, with_prompts
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.tokens import IGNORED, TokenRow, unlearned
-from loractl.worker.engine.loss import LearnedTokens, meet, window_of
+from loractl.worker.engine.loss import LearnedTokens, window_of
 from loractl.worker.engine.pairs import PairLoss, Sizes
 from loractl.worker.engine.passes.choice import forward_pass
 from loractl.worker.engine.passes.lean import LeanPass
@@ -244,7 +244,7 @@ def first_losses(base: Any, targets: str, **sections: Any) -> tuple[float, float
     loss = kind.loss(spec)
     forward, _ = forward_pass(learner, spec, 100, loss=loss)
     kind.refer(loss, replace(learner, scorer=forward if isinstance(forward, LeanPass) else None))
-    meet(loss, rows)
+    loss.meet(rows)
     first = sum(float(forward.learn(batch, torch.autograd.backward)) for batch in window_of(loss, [rows[:1], rows[1:]]))
     with evaluating(model):
         return first, forward.held_out_loss(rows) / len(rows)

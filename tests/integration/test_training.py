@@ -192,7 +192,7 @@ def test_a_cache_of_the_same_rows_in_another_file_does_not_mix_up_their_numbers(
     spec = JobSpec.model_validate({"name": "t", "base_model": "m", "dataset": {"path": "x.jsonl"}})
     for path in (first, shifted):
         data = prepare_data(spec.dataset, str(path), None, None, tokenizer, tmp_path / "cache")
-        assert [r.number for r in data.held_out.rows] == [e.number for e in data.held_out_examples]
+        assert [r.number for r in data.held_out.rows] == [e.number for e in data.held_out.examples]
 
 
 @pytest.mark.long
@@ -280,7 +280,7 @@ def test_loss_falls_on_answers_alone_and_the_end_is_learned(tiny_model: Path, tm
     tokenizer = load_tokenizer(str(tiny_model))
     spec = JobSpec.model_validate({"name": "t", "base_model": "m", "dataset": {"path": "x.jsonl"}})
     data = prepare_data(spec.dataset, str(write_helpdesk(tmp_path / "d.jsonl")), None, None, tokenizer, None)
-    row, examples = data.held_out.rows[0], data.held_out_examples
+    row, examples = data.held_out.rows[0], data.held_out.examples
     learned = [label for label in row.labels if label != IGNORED]
     assert tokenizer.decode(learned) == f"{examples[0].turns[1].content}<|im_end|>"
     assert row.input_ids.count(tokenizer.bos_token_id) == 2, "one <|im_start|> a message, none doubled"

@@ -141,7 +141,7 @@ def test_conversations_are_counted_held_out_measured_and_shown_as_one(tiny_model
     assert len(data.train.rows) + len(data.held_out.rows) == 30
     asked = spec.model_copy(update={"evaluation": spec.evaluation.model_copy(update={"max_rows": 3})})
     work = Work.of(data, asked, tokenizer)
-    assert work.numbers == [example.number for example in data.held_out_examples[:3]]
+    assert work.numbers == [example.number for example in data.held_out.examples[:3]]
     checked = check_data(spec, tokenizer)
     (note,) = [finding for finding in checked.findings if finding.kind == "a row for each answer"]
     assert (checked.train_rows, checked.held_out_rows, checked.left_out) == (12, 8, 0)

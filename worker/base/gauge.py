@@ -194,12 +194,6 @@ def _no_room_for_handle() -> bool:
     return free < HANDLE_BYTES
 
 
-def has_limit() -> bool:
-    """Whether this process's own memory is limited."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    return soft != hard
-
-
 def in_own_thread(work: Callable[[], Answer]) -> Answer:
     """The result of work that this process tries again with less after out-of-memory.
 
@@ -207,7 +201,8 @@ def in_own_thread(work: Callable[[], Answer]) -> Answer:
     assembler keeps the error ("could not create a primitive"; torch 2.13, bf16 on a CPU that has instructions for it).
     So a process with a limit works in a thread that ends with its failure.
     """
-    if not has_limit():
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft == hard:
         return work()
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 

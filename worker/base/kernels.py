@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
-from .processor import add_up_repeatably
+from .processor import REPEATABLE
 
 QUANTISE = "bitsandbytes::quantize_4bit"
 
@@ -22,7 +23,7 @@ def load_kernels() -> None:
 
     All code that computes calls it first, so it also sets how MKL adds up, before torch loads MKL.
     """
-    add_up_repeatably()
+    os.environ.setdefault(*REPEATABLE)  # unless its owner has set it otherwise
     import torch
 
     compiler = torch.compile

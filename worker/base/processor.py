@@ -12,12 +12,6 @@ REPEATABLE = ("MKL_CBWR", "AUTO,STRICT")
 where a matrix is in memory (Intel's "conditional numerical reproducibility"). Where measured, it cost no time."""
 
 
-def add_up_repeatably() -> None:
-    """Set `REPEATABLE` for this process and its children, unless its owner has set it otherwise."""
-    name, value = REPEATABLE
-    os.environ.setdefault(name, value)
-
-
 def has_bf16() -> bool:
     """Whether bf16 products have their own instructions here."""
     import torch
@@ -31,14 +25,6 @@ def has_tiles() -> bool:
 
     most = instructions_allowed()
     return torch.cpu._is_amx_tile_supported() and (most in ("", "ALL", "DEFAULT") or "AMX" in most)
-
-
-def is_x86() -> bool:
-    return platform.machine() in ("x86_64", "AMD64")
-
-
-def is_intel() -> bool:
-    return "GenuineIntel" in cpuinfo("vendor_id")
 
 
 def arithmetic() -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -255,8 +255,9 @@ def loading_options(base_model: str, revision: str | None, *, run_code: bool) ->
     if (format := format_of(configs[0])) is not None:
         what = f"base_model {base_model} is quantised with {format}, which can't be trained on"
         raise TrainingFailed(Reason.BAD_SPEC, f"{what}: {HOW_TO_NAME_IT}")
-    if run_code:
-        _check_code_is_its_own(base_model, configs)
+    if run_code and any("--" in json.dumps(config.get("auto_map", {})) for config in configs):
+        what = f"base_model {base_model} runs code of another repository, which nobody has allowed"
+        raise TrainingFailed(Reason.BAD_SPEC, what)
     # Without an explicit False, transformers asks at the terminal whether to run a model's own code.
     code = {"code_revision": where["revision"]} if where else {}
     return {"trust_remote_code": run_code, **where, **code}
@@ -279,14 +280,6 @@ def family_of(base_model: str, revision: str | None) -> str:
     """The model's `model_type`, like gemma2; empty if only a GGUF file has it. Raises TrainingFailed."""
     with model_errors(base_model):
         return str(configs_of(base_model, source_of(base_model, revision))[0].get("model_type", ""))
-
-
-def _check_code_is_its_own(base_model: str, configs: Iterable[dict[str, Any]]) -> None:
-    """Refuse code from another repository: the box's owner has not read it. Raises TrainingFailed."""
-    for config in configs:
-        if "--" in json.dumps(config.get("auto_map", {})):
-            what = f"base_model {base_model} runs code of another repository, which nobody has allowed"
-            raise TrainingFailed(Reason.BAD_SPEC, what)
 
 
 def check_folder(base_model: str) -> None:

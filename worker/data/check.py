@@ -128,8 +128,8 @@ def findings_about(
         template.see(example)
     for rows in data.train.rows.by_example():
         tokens.see(rows)
-    findings = check_examples(data.train_examples, data.held_out_examples, leaks=leaks, final=final, giveaway=giveaway)
-    findings += about_measures(spec.evaluation, data.held_out_examples)
+    findings = check_examples(data.train_examples, data.held_out.examples, leaks=leaks, final=final, giveaway=giveaway)
+    findings += about_measures(spec.evaluation, data.held_out.examples)
     findings += about_warmup(spec.training, len(data.train_examples))
     return findings + template.findings() + tokens.findings(every=False)
 
@@ -197,6 +197,7 @@ def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report:
             return replace(checked, findings=[*checked.findings, *lengths, *refusals([error])])
         refused = trained.findings() + trained.length_findings(held, last)
     names = labels_of(split.train)
+    train, held_out = (Counter(example.label for example in side) for side in (split.train, split.held_out))
     looked = functools.partial(report, "Looking at the rows")
     findings = split.about_sources(spec.dataset)
     findings += check_examples(split.train, split.held_out, split, looked, final=Leaks.of_final(split.final))
@@ -209,7 +210,7 @@ def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report:
             with_prompt(row) if spec.preference.learns_prompts else row
             for row in _shown(trained, split, tokenizer, names)
         ],
-        labels=_label_counts(names, split),
+        labels={name: {"train": train[name], "held_out": held_out[name]} for name in names},
         learned=None if names else checked.learned,
         train_rows=len(split.train),
         held_out_rows=len(split.held_out),
@@ -261,11 +262,6 @@ def _shown(tokens: TokenLook, split: Split, tokenizer: Any, labels: Collection[s
     rows = [form_of(split.format).encode(example, tokenizer)[-1] for example in examples]
     place_of = {name: place for place, name in enumerate(labels)}
     return [replace(row, label=place_of.get(str(e.label))) for row, e in zip(rows, examples, strict=True)]
-
-
-def _label_counts(names: Sequence[str], split: Split) -> dict[str, dict[str, int]]:
-    train, held_out = (Counter(example.label for example in side) for side in (split.train, split.held_out))
-    return {name: {"train": train[name], "held_out": held_out[name]} for name in names}
 
 
 def _bad_rows(refused: list[DataError], dataset: DatasetSpec) -> list[Finding]:

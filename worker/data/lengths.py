@@ -38,7 +38,7 @@ def lengths_of(data: PreparedData) -> Lengths:
     """The longest rows to train on and the longest held-out or final row, in tokens."""
     longest = heapq.nlargest(MOST_LONGEST, data.trained_rows.lengths)
     texts = data.trained_rows.texts if data.format in PAIRS else None
-    last = [] if data.final is None else data.final.tokens.rows.lengths
+    last = [] if data.final is None else data.final.rows.lengths
     return Lengths(
         train=longest[0],
         longest=tuple(map(int, longest)),
@@ -82,7 +82,7 @@ def _counts(spec: JobSpec, tokenizer: Any) -> dict[str, Any]:
     prepared = prepare_data(
         data, data.path, data.eval_path, dataset_hash(data.path), tokenizer, cache, more, final_path=data.final_path
     )
-    parts = [prepared.train, prepared.held_out, *([] if prepared.final is None else [prepared.final.tokens])]
+    parts = [prepared.train, prepared.held_out.tokens, *([] if prepared.final is None else [prepared.final.tokens])]
     rows = {
         **dict(zip(("train", "held_out", "final"), (part.rows.examples for part in parts), strict=False)),
         "cut": sum(part.truncated for part in parts),

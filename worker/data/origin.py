@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ from loractl.common.data.rows import RawRow, Told, open_rows
 from loractl.common.errors import DataError, LoractlError
 from loractl.common.job.status import Reason
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.source import Refusal, cached_if_away, chain_of, known_commit, reaching_the_hub, refusal
+from loractl.worker.base.source import (
+    Refusal,
+    cached_if_away,
+    chain_of,
+    first_line,
+    known_commit,
+    reaching_the_hub,
+    refusal,
+)
 
 
 def load_rows(path: str, split: str = "train", told: Told | None = None) -> Iterable[RawRow]:
@@ -34,7 +42,10 @@ def load_pinned(path: str, split: str, told: Told | None = None) -> tuple[Iterab
     try:
         with reaching_the_hub(), cached_if_away(name, revision or None) as away:
             builder = load_dataset_builder(name, revision=revision or None)
-            _check_files_are_remote(path, builder.config.data_files)
+            for file in (file for part in (builder.config.data_files or {}).values() for file in part):
+                if not str(file).startswith("hf://"):  # its card lists files of this box
+                    what = f"the data set {path} names a file that is not on the hub: {file}"
+                    raise TrainingFailed(Reason.BAD_SPEC, what)
             builder.download_and_prepare()
     except (OSError, ValueError, DatasetsError) as error:
         raise _refused(path, error) from None
@@ -45,7 +56,7 @@ def load_pinned(path: str, split: str, told: Told | None = None) -> tuple[Iterab
     try:
         dataset = builder.as_dataset(split=split)
     except ValueError as error:
-        raise DataError(path, f"has no such split on the hub: {_first_line(error)}") from error
+        raise DataError(path, f"has no such split on the hub: {first_line(error)}") from error
     return _HubRows(dataset), commit
 
 
@@ -57,13 +68,6 @@ class _HubRows:
 
     def __iter__(self) -> Iterator[RawRow]:
         return (RawRow(number=n, value=value) for n, value in enumerate(self._dataset, start=1))
-
-
-def _check_files_are_remote(path: str, files: Mapping[str, Sequence[str]] | None) -> None:
-    """Refuse a data set whose card lists files of this box. Raises TrainingFailed."""
-    for name in (name for part in (files or {}).values() for name in part):
-        if not str(name).startswith("hf://"):
-            raise TrainingFailed(Reason.BAD_SPEC, f"the data set {path} names a file that is not on the hub: {name}")
 
 
 def _refused(path: str, error: BaseException) -> LoractlError:
@@ -80,12 +84,7 @@ def _refused(path: str, error: BaseException) -> LoractlError:
     cause = error
     while cause.__cause__ is not None:  # datasets says "an error occurred", and its cause which one
         cause = cause.__cause__
-    return DataError(path, f"can't be read from the hub: {answer or _first_line(cause)}")
-
-
-def _first_line(error: BaseException) -> str:
-    first: list[str] = str(error).strip().splitlines()
-    return first[0] if first else type(error).__name__
+    return DataError(path, f"can't be read from the hub: {answer or first_line(cause)}")
 
 
 def dataset_hash(path: str) -> str | None:

@@ -32,18 +32,28 @@ from .tokens import TokenRow, joined
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinalRows:
-    """Rows that choose nothing: they are measured once, at the end."""
+class MeasuredRows:
+    """Rows to measure on: held out, or final, which choose nothing and are measured once, at the end."""
 
     tokens: TokenSet
-    examples: Sequence[Example]
-    overlap: int = 0  # rows of final_path left out because they are trained on or held out
-    repeated: int = 0
-    leaks: tuple[str, ...] = ()  # as for the held-out rows
-    given_away: tuple[int, ...] = ()
-    resemble: str = RESEMBLE
-    read_off: str = ""
-    rule: FormRule | None = None
+    examples: Sequence[Example]  # of `rows`, in the same order; one may have several rows
+    overlap: int = 0  # rows of their own file left out because they are trained on, final ones also if held out
+    repeated: int = 0  # rows left out as duplicates
+    leaks: tuple[str, ...] = ()  # what they have in common with rows to train on
+    given_away: tuple[int, ...] = ()  # numbers of examples that a row to train on gives away
+    resemble: str = RESEMBLE  # the same in a verdict's words: an adapter before this one may have learned them
+    read_off: str = ""  # a clause: how most answers can be told without reading what is asked; else empty
+    rule: FormRule | None = None  # where that is by the questions' form
+
+    @property
+    def rows(self) -> TokenRows:
+        return self.tokens.rows
+
+    def doubts(self, called: str = "held-out") -> list[str]:
+        """Sentences that a reader of a verdict on these rows should know. `called`: their name."""
+        cut, rows = self.tokens.truncated, self.rows.examples
+        about = [f"{cut} of {rows} {called} rows were cut at dataset.max_length."] if cut else []
+        return [*(f"{leak}." for leak in self.leaks), *about]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,23 +63,14 @@ class PreparedData:
     format: DataFormat
     why: str
     train: TokenSet
-    held_out: TokenSet
-    # The examples of train.rows and held_out.rows, in the same order; one may have several rows.
-    train_examples: Sequence[Example]
-    held_out_examples: Sequence[Example]
+    train_examples: Sequence[Example]  # of train.rows, in the same order; one may have several rows
+    held_out: MeasuredRows
+    final: MeasuredRows | None = None
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
-    overlap: int  # rows of eval_path left out because they are trained on
     sha256: str | None
-    repeated: int = 0  # held-out rows left out as duplicates
     unused: tuple[str, ...] = ()  # unread fields of rows
     sources: tuple[str, ...] = ()  # how many rows are from which data set, if there are several
     warnings: tuple[str, ...] = ()  # what looks wrong but is used for training
-    leaks: tuple[str, ...] = ()  # those about what held-out rows have in common with rows to train on
-    given_away: tuple[int, ...] = ()  # numbers of held-out examples that a row to train on gives away
-    resemble: str = RESEMBLE  # the same in a verdict's words: an adapter before this one may have learned them
-    read_off: str = ""  # a clause: how most held-out answers can be told without reading what is asked; else empty
-    rule: FormRule | None = None  # where that is by the questions' form
-    final: FinalRows | None = None
     packed: TokenRows | None = None  # the rows to train on, several examples in each
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
     label_names: tuple[str, ...] = ()  # what a classifier learns to tell apart; empty for any other job
@@ -80,30 +81,11 @@ class PreparedData:
         """The rows that the Trainer gets."""
         return self.train.rows if self.packed is None else self.packed
 
-    def doubts(self, called: str = "held-out") -> list[str]:
-        """Sentences that a reader of a verdict on the held-out rows should know. `called`: the name of these rows."""
-        cut, rows = self.held_out.truncated, self.held_out.rows.examples
-        about = [f"{cut} of {rows} {called} rows were cut at dataset.max_length."] if cut else []
-        return [*(f"{leak}." for leak in self.leaks), *about]
-
     @property
     def of_final(self) -> PreparedData | None:
         """The same with the final rows as the held-out rows, to measure them in the same way; None if there are
         none."""
-        if (final := self.final) is None:
-            return None
-        return replace(
-            self,
-            held_out=final.tokens,
-            held_out_examples=final.examples,
-            leaks=final.leaks,
-            given_away=final.given_away,
-            resemble=final.resemble,
-            read_off=final.read_off,
-            rule=final.rule,
-            regression=None,
-            final=None,
-        )
+        return None if self.final is None else replace(self, held_out=self.final, regression=None, final=None)
 
     def facts(self) -> dict[str, Any]:
         """What the report says about the data.
@@ -133,13 +115,13 @@ class PreparedData:
 
     @functools.cached_property
     def _facts(self) -> dict[str, Any]:
-        final = self.final
-        sides = [self.train, self.held_out, *([] if final is None else [final.tokens])]
+        held_out, final = self.held_out, self.final
+        sides = [self.train, held_out.tokens, *([] if final is None else [final.tokens])]
         of_final = (
             {}
             if final is None
             else {
-                "final_rows": final.tokens.rows.examples,
+                "final_rows": final.rows.examples,
                 "final_sha256": _hash_of(final.examples),
                 "final_overlap_rows_dropped": final.overlap,
                 "final_repeated_rows_dropped": final.repeated,
@@ -152,8 +134,8 @@ class PreparedData:
             "train_rows": self.train.rows.examples,
             "train_rows_sha256": _hash_of(self.train_examples),
             "commits": dict(self.commits),
-            "held_out_rows": self.held_out.rows.examples,
-            "held_out_sha256": _hash_of(self.held_out_examples),
+            "held_out_rows": held_out.rows.examples,
+            "held_out_sha256": _hash_of(held_out.examples),
             "train_tokens": self.train.tokens,
             "supervised_tokens": self.train.supervised,
             **of_final,
@@ -162,8 +144,8 @@ class PreparedData:
             "conversations_apart": sum(side.apart for side in sides),
             "rows_of_conversations_apart": sum(side.apart_rows for side in sides),
             "bad_rows_dropped": len(self.dropped),
-            "overlap_rows_dropped": self.overlap,
-            "repeated_rows_dropped": self.repeated,
+            "overlap_rows_dropped": held_out.overlap,
+            "repeated_rows_dropped": held_out.repeated,
             "bad_rows": self.dropped[:20],
             "unused_fields": list(self.unused),
             "sources": list(self.sources),
@@ -173,7 +155,7 @@ class PreparedData:
 
     def label_counts(self) -> dict[str, dict[str, int]]:
         """The number of rows of each classifier's label, to train on and held out."""
-        train, held_out = (Counter(tokens.rows.class_labels) for tokens in (self.train, self.held_out))
+        train, held_out = (Counter(side.rows.class_labels) for side in (self.train, self.held_out))
         names = enumerate(self.label_names)
         return {name: {"train": train[place], "held_out": held_out[place]} for place, name in names}
 
@@ -210,32 +192,26 @@ def prepare_data(
         final_set = tokeniser.tokenise(split.final, "that is final", last_file) if split.final else None
     numbers = [set(tokens.rows.numbers) for tokens in (train_set, held_set, final_set) if tokens is not None]
     split = fitting(split, dataset, *numbers)
-    held_set, label_names = _only(held_set, split.held_out), labels_of(split.train)
-    train_set, held_set = (
-        _with_labels(tokens, examples, label_names)
-        for tokens, examples in ((train_set, split.train), (held_set, split.held_out))
-    )
+    label_names = labels_of(split.train)
+
+    def measured(tokens: TokenSet, examples: Sequence[Example], overlap: int, repeated: int) -> MeasuredRows:
+        labelled = _with_labels(_only(tokens, examples), examples, label_names)
+        return MeasuredRows(tokens=labelled, examples=examples, overlap=overlap, repeated=repeated)
+
     final = None
     if final_set is not None and split.final is not None:
-        final_set = _only(final_set, split.final)
-        final_set = _with_labels(final_set, split.final, label_names)
-        final = FinalRows(
-            tokens=final_set, examples=split.final, overlap=split.final_overlap, repeated=split.final_repeated
-        )
+        final = measured(final_set, split.final, split.final_overlap, split.final_repeated)
     return PreparedData(
         format=split.format,
         why=split.why,
-        train=train_set,
-        held_out=held_set,
+        train=_with_labels(train_set, split.train, label_names),
+        train_examples=split.train,
+        held_out=measured(held_set, split.held_out, split.overlap, split.repeated),
         final=final,
         dropped=split.dropped,
-        overlap=split.overlap,
-        repeated=split.repeated,
         unused=split.unused,
         sources=tuple(finding.text for finding in split.about_sources(dataset)),
         sha256=sha256,
-        train_examples=split.train,
-        held_out_examples=split.held_out,
         label_names=label_names,
         commits={key: commit for key, commit in commits.items() if commit},
     )

@@ -105,7 +105,7 @@ def check_text(spec: JobSpec, checked: Checked, tokenizer: Any, *, styled: bool)
 def row_text(dataset: DatasetSpec, shown: TrainedRow, tokenizer: Any, *, styled: bool) -> str:
     """One row to train on, with its learned part marked."""
     data = shown.data
-    final = "" if data.final is None else f", {data.final.tokens.rows.examples} final"
+    final = "" if data.final is None else f", {data.final.rows.examples} final"
     lines = [
         f"Row {shown.rows[0].number} of {', '.join(s.path for s in dataset.sources)}: "
         f"{_sizes(shown.rows, data.label_names, data.format)}.",
@@ -200,7 +200,10 @@ def _marked(row: TokenRow, tokenizer: Any, styled: bool, format: DataFormat | No
 
 def _marked_text(row: TokenRow, tokenizer: Any, styled: bool) -> str:
     runs = _runs(row.input_ids, [label != IGNORED for label in row.labels])
-    return "".join(_mark(clean_text(tokenizer.decode(ids)), learn, styled) for ids, learn in runs)
+    texts = ((clean_text(tokenizer.decode(ids)), learn) for ids, learn in runs)
+    if styled:
+        return "".join(click.style(text, dim=not learn, bold=learn) for text, learn in texts)
+    return "".join(f"[[{text}]]" if learn else text for text, learn in texts)
 
 
 def _runs(ids: list[int], learned: list[bool]) -> list[tuple[list[int], bool]]:
@@ -211,9 +214,3 @@ def _runs(ids: list[int], learned: list[bool]) -> list[tuple[list[int], bool]]:
             joined.append(([], learn))
         joined[-1][0].append(token)
     return joined
-
-
-def _mark(text: str, learn: bool, styled: bool) -> str:
-    if styled:
-        return click.style(text, dim=not learn, bold=learn)
-    return f"[[{text}]]" if learn else text

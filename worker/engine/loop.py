@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import speed_metrics
 
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
@@ -25,12 +26,9 @@ from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import ForwardPass
 
-from .loss import Loss, LossLog, MicroBatch, meet, window_of
+from .loss import Loss, LossLog, MicroBatch, window_of
 from .optimizer import ScaledOptimizer, make_optimizer
 from .saved_state import drop_older, read_snapshot, read_streams, restore_streams, write_snapshot
-
-MEGA_BATCHES = 50
-"""group_by_length sorts within at most this number of batches at a time (transformers' get_length_grouped_indices)."""
 
 
 class RowOrder:
@@ -69,7 +67,7 @@ class RowOrder:
             return torch.arange(count)
         if self._strategy == "random":
             return torch.randperm(count, generator=torch.Generator().manual_seed(self._seed + epoch))
-        return torch.tensor(by_length(self._lengths, self._size * self._accumulated))
+        return torch.tensor(get_length_grouped_indices(self._lengths, self._size * self._accumulated))
 
     def window(self, number: int) -> list[list[int]]:
         """The rows of each micro-batch of an epoch's window."""
@@ -86,20 +84,6 @@ class RowOrder:
     def tokens_of(self, number: int) -> int:
         """Tokens of an epoch's window, without padding."""
         return sum(self._lengths[row] for rows in self.window(number) for row in rows)
-
-
-def by_length(lengths: Sequence[int], batch: int) -> list[int]:
-    """Rows in random order, but with neighbours of similar length; the longest row comes first, to see early whether it
-    fits."""
-    large = (min(len(lengths) // (batch * 4), MEGA_BATCHES) or 1) * batch
-    drawn = torch.randperm(len(lengths)).tolist()
-    sorted_ones = [
-        sorted(drawn[at : at + large], key=lambda row: lengths[row], reverse=True) for at in range(0, len(drawn), large)
-    ]
-    longest = max(range(len(sorted_ones)), key=lambda n: lengths[sorted_ones[n][0]])  # the first of several
-    first, other = sorted_ones[0], sorted_ones[longest]
-    first[0], other[0] = other[0], first[0]
-    return [row for part in sorted_ones for row in part]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +246,7 @@ class TrainingLoop:
         pieces = [[self.rows.train[n] for n in rows] for rows in self.order.window(window)]
         self._tell("on_step_begin")
         for rows in pieces:
-            meet(self.forward.loss, rows)
+            self.forward.loss.meet(rows)
         return window_of(self.forward.loss, pieces)
 
     def _learn(self, batch: MicroBatch) -> torch.Tensor:
@@ -354,7 +338,7 @@ class TrainingLoop:
             self._tell("on_evaluate", metrics=measured)
 
     def _score(self, batch: Sequence[TokenRow]) -> float:
-        meet(self.forward.loss, batch)
+        self.forward.loss.meet(batch)
         with random_streams_kept():
             with evaluating(self.model):
                 loss = self.forward.held_out_loss(batch)

@@ -8,7 +8,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -37,9 +37,7 @@ class MicroBatch:
 
 def window_of(loss: Loss, pieces: Sequence[list[TokenRow]]) -> list[MicroBatch]:
     """The micro-batches of one window."""
-    learned, answered = sum(map(loss.count, pieces)), 0
-    if isinstance(loss, BentLoss):
-        answered = sum(map(loss.count_answered, pieces))
+    learned, answered = sum(map(loss.count, pieces)), sum(map(loss.count_answered, pieces))
     return [
         MicroBatch(rows=rows, learned=learned, answered=answered, pieces=len(pieces), number=number)
         for number, rows in enumerate(pieces)
@@ -51,14 +49,38 @@ def learned_in(rows: Sequence[TokenRow]) -> int:
     return sum(label != IGNORED for row in rows for label in row.labels[1:])
 
 
+class RowLoss(ABC):
+    """What rows are learned by. It keeps no state between calls: if a pass fails, the same rows are tried again."""
+
+    def meet(self, rows: Sequence[TokenRow]) -> None:  # noqa: B027  most need to know nothing
+        """Before a pass over rows: find out what must be known about them, which may run the model without a graph."""
+
+    def forget(self) -> None:  # noqa: B027  the same
+        """Micro-batches are other ones from now on, and what it has found out in the last ones may round otherwise."""
+
+    def known(self, rows: Sequence[TokenRow]) -> list[Any]:
+        """What it has found out about the rows that it has met, as JSON, for another process that learns from them."""
+        return []
+
+    def take(self, rows: Sequence[TokenRow], known: list[Any]) -> None:  # noqa: B027  the same
+        """Instead of meeting rows: take what another process's loss knows about them."""
+
+    @abstractmethod
+    def count(self, rows: Sequence[TokenRow]) -> int:
+        """The divisor of the loss of some rows, such as the number of pairs; 0 if nothing in them is learned."""
+
+    def count_answered(self, rows: Sequence[TokenRow]) -> int:
+        """The divisor of a second term, such as the number of tokens; 0 if the loss has none."""
+        return 0
+
+
 @dataclass(frozen=True, kw_only=True)
-class CrossEntropy:
+class CrossEntropy(RowLoss):
     """The mean over learned tokens, whose slope is known in advance: the head runs once."""
 
     smoothing: float = 0.0  # of labels
 
     def count(self, rows: Sequence[TokenRow]) -> int:
-        """The divisor of the loss of some rows."""
         return learned_in(rows)
 
     @property
@@ -72,7 +94,7 @@ class CrossEntropy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelLoss:
+class LabelLoss(RowLoss):
     """A classifier's: the mean over its rows, from the logits of their labels."""
 
     smoothing: float = 0.0
@@ -109,33 +131,9 @@ class LearnedTokens:
         return cls(rows=rows, row_of=row_of, example_of=example_of, place=place)
 
 
-class BentLoss(ABC):
+class BentLoss(RowLoss):
     """Any function of the log-probabilities of a micro-batch's learned tokens, like DPO's. Each token's slope depends
-    on all of them, so the head runs twice.
-
-    It keeps no state between calls: if a pass fails, the same rows are tried again.
-    """
-
-    def meet(self, rows: Sequence[TokenRow]) -> None:  # noqa: B027  most need to know nothing
-        """Before a pass over rows: find out what must be known about them, which may run the model without a graph."""
-
-    def forget(self) -> None:  # noqa: B027  the same
-        """Micro-batches are other ones from now on, and what it has found out in the last ones may round otherwise."""
-
-    def known(self, rows: Sequence[TokenRow]) -> list[Any]:
-        """What it has found out about the rows that it has met, as JSON, for another process that learns from them."""
-        return []
-
-    def take(self, rows: Sequence[TokenRow], known: list[Any]) -> None:  # noqa: B027  the same
-        """Instead of meeting rows: take what another process's loss knows about them."""
-
-    @abstractmethod
-    def count(self, rows: Sequence[TokenRow]) -> int:
-        """The divisor of the loss of some rows, such as the number of pairs; 0 if nothing in them is learned."""
-
-    def count_answered(self, rows: Sequence[TokenRow]) -> int:
-        """The divisor of a second term, such as the number of tokens; 0 if the loss has none."""
-        return 0
+    on all of them, so the head runs twice."""
 
     @abstractmethod
     def summed(self, logp: torch.Tensor, tokens: LearnedTokens) -> torch.Tensor:
@@ -152,18 +150,6 @@ UNSMOOTHED = CrossEntropy()
 
 TokenLoss = CrossEntropy | BentLoss
 Loss = TokenLoss | LabelLoss
-
-
-def meet(loss: Loss, rows: Sequence[TokenRow]) -> None:
-    """Show a loss the rows of the next pass."""
-    if isinstance(loss, BentLoss):
-        loss.meet(rows)
-
-
-def forget(loss: Loss) -> None:
-    """Tell a loss that its rows come in other micro-batches from now on."""
-    if isinstance(loss, BentLoss):
-        loss.forget()
 
 
 def smoothed(logits: torch.Tensor, labels: torch.Tensor, learned: torch.Tensor, smoothing: float) -> torch.Tensor:
@@ -231,25 +217,26 @@ class LossLog:
         self._told, self._last = state["told"], state["last"]
 
 
-class ForwardPass(Protocol):
+class ForwardPass(ABC):
     """How losses and gradients are computed."""
 
     model: Any
     device: torch.device
-
-    @property
-    def loss(self) -> Loss:
-        """The loss that rows are trained with."""
+    loss: Loss
 
     def recompute_blocks(self, every: int = 1) -> None:
         """Hold the activations of each block (1), or of every second one (2), only in the backward pass."""
+        self.model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
 
+    @abstractmethod
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
 
+    @abstractmethod
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
         """The loss of one batch of held-out rows, not smoothed and summed over what it counts, for a model in eval
         mode."""
 
+    @abstractmethod
     def tokens(self, rows: Sequence[TokenRow]) -> int:
         """Tokens that pass the model."""

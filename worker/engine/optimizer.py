@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import get_parameter_names
 
 ADEMAMIX_BETA3, ADEMAMIX_ALPHA = 0.9999, 5.0
 """transformers' values, for which the job file has no keys."""
 
-_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-"""Names of parameters that weight decay skips, in lower case: those of transformers' Trainer, so that a job file means
-the same everywhere."""
+UNDECAYED = ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+"""Names of parameters that weight decay skips: those of transformers' Trainer, so that a job file means the same
+everywhere."""
 
 
 def make_optimizer(model: Any, args: TrainingArguments) -> Any:
     """The optimizer of `args` over the model's trainable parameters; biases and norms are not decayed."""
-    names = decayed_names(model)
+    names = set(get_parameter_names(model, [torch.nn.LayerNorm], UNDECAYED))
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for name, p in trained if name in names], "weight_decay": args.weight_decay},
@@ -40,17 +40,6 @@ def _keep_embeddings_whole(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and module.weight.requires_grad:
             manager.register_module_override(module, "weight", {"optim_bits": 32})
-
-
-def decayed_names(model: Any) -> set[str]:
-    """Parameters subject to weight decay: all but biases and norms."""
-    return {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        if not isinstance(module, torch.nn.LayerNorm)
-        for name in module._parameters
-        if not _UNDECAYED.search(f"{path}.{name}".lower() if path else name.lower())
-    }
 
 
 def _kind(args: TrainingArguments) -> Callable[[Any], Any]:

@@ -6,7 +6,6 @@ import hashlib
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
@@ -140,19 +139,6 @@ class Sizes:
         return cls(asked=asked, chosen=learned - asked, rejected=sum(label != IGNORED for label in second))
 
 
-class PairReference(Protocol):
-    """How the model that an adapter must stay close to scores pairs."""
-
-    def meet(self, rows: Sequence[TokenRow]) -> None:
-        """Find out what is unknown about some rows. It runs the model without a graph."""
-
-    def forget(self) -> None:
-        """Find out all of it again."""
-
-    def of(self, row: TokenRow) -> tuple[float, float]:
-        """The summed log-probabilities of a pair's answers, in nats, for a row that it has met."""
-
-
 Scores = dict[bytes, tuple[float, float]]
 """Summed log-probabilities of a pair's answers, chosen and rejected, by the row's identity."""
 
@@ -163,20 +149,21 @@ def row_key(row: TokenRow) -> bytes:
     return hashlib.blake2b(said, digest_size=16).digest()
 
 
-@dataclass(frozen=True, kw_only=True)
-class ToldReference:
-    """Scores that another process found."""
+class PairReference:
+    """How the model that an adapter must stay close to scores pairs: as another process has found."""
 
-    scores: Scores
+    def __init__(self, known: Scores) -> None:
+        self.known = known
 
     def meet(self, rows: Sequence[TokenRow]) -> None:
-        pass
+        """Find out what is unknown about some rows, which may run the model without a graph."""
 
     def forget(self) -> None:
-        pass
+        """Find out all of it again."""
 
     def of(self, row: TokenRow) -> tuple[float, float]:
-        return self.scores[row_key(row)]
+        """The summed log-probabilities of a pair's answers, in nats, for a row that it has met."""
+        return self.known[row_key(row)]
 
 
 class PairLoss(BentLoss):
@@ -207,7 +194,7 @@ class PairLoss(BentLoss):
 
     def take(self, rows: Sequence[TokenRow], known: list[tuple[float, float]]) -> None:
         if self.asked.has_reference:
-            self.reference = ToldReference(scores={row_key(row): found for row, found in zip(rows, known, strict=True)})
+            self.reference = PairReference({row_key(row): found for row, found in zip(rows, known, strict=True)})
 
     def summed(self, logp: torch.Tensor, tokens: LearnedTokens) -> torch.Tensor:
         pairs = pairs_of(logp, tokens.rows)

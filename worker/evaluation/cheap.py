@@ -26,8 +26,7 @@ from loractl.common.verdict import FORM
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode
 
 from .answers import ROUGE, Answer, Prompt, exact, own_scores, prompts_of, rouge
-from .comparison import Compared, Measure, compare_shares, percent
-from .confusion import Labels
+from .comparison import Compared, Labels, Measure, compare_shares, percent
 from .row_losses import RowScores
 
 CHEAP_LOSS = Measure(name="cheap_loss", label="loss, against labels' shares")
@@ -120,18 +119,16 @@ def copied_metrics(answers: Sequence[Answer], examples: Mapping[int, Example], a
 
     `examples`: by number.
     """
-    lines = [max(_asked(examples[answer.row]).splitlines(), key=len, default="") for answer in answers]
-    texts = [_COMMAND.sub("", line) for line in lines]
+    texts = []
+    for example in (examples[answer.row] for answer in answers):
+        asked_for = next((turn.content for turn in example.turns[::-1] if turn.role == "user"), example.prompt)
+        texts.append(_COMMAND.sub("", max(asked_for.splitlines(), key=len, default="")))
     if not answers or rouge(texts, [answer.expected for answer in answers])["rougeL"].mean() < COPIED:
         return []
     return text_metrics("copied", "the question repeated", texts, answers, asked)
 
 
 _COMMAND = re.compile(r"^[\w ]{1,40}:\s+")
-
-
-def _asked(example: Example) -> str:
-    return next((turn.content for turn in example.turns[::-1] if turn.role == "user"), example.prompt)
 
 
 def text_metrics(
@@ -261,7 +258,7 @@ def _chosen(train: Sequence[Example]) -> list[Example]:
     different answers first."""
     if not train:
         return []
-    sizes = [len(_text(example)) for example in train]
+    sizes = [len("".join(turn.said for turn in example.turns) or example.text) for example in train]
     middle = sorted(sizes)[len(sizes) // 2]
     short = sorted((e for e, size in zip(train, sizes, strict=True) if size <= middle), key=Example.digest)
     seen = set[str]()
@@ -272,10 +269,6 @@ def _chosen(train: Sequence[Example]) -> list[Example]:
         (others if answer in seen else first).append(example)
         seen.add(answer)
     return [*first, *others][:SHOTS]
-
-
-def _text(example: Example) -> str:
-    return "".join(turn.said for turn in example.turns) or example.text
 
 
 def _shown(example: Example, chosen: Sequence[Example], format: DataFormat) -> Example:

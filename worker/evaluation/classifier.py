@@ -15,38 +15,29 @@ from typing import Any
 import numpy as np
 
 from loractl.common.job.sections import Metric
-from loractl.common.job.spec import JobSpec
 from loractl.worker.base.gauge import in_batches, in_own_thread
-from loractl.worker.base.model import Learner, measuring
-from loractl.worker.data.prepared import PreparedData
+from loractl.worker.base.model import measuring
 from loractl.worker.data.token_rows import collate, inputs_of
 from loractl.worker.data.tokens import TokenRow
 
 from .cheap import form_metrics
-from .comparison import Array
-from .confusion import Labels, label_metrics
-from .evaluation import Evaluation, counter
+from .comparison import Array, Labels, label_metrics
+from .evaluation import Evaluation, EvaluationTask, counter
 from .row_losses import LOSS, NEW_ROWS_LOSS
 
 BASELINE = "the most frequent label"
 
 
-def evaluate_classifier(
-    learner: Learner,
-    data: PreparedData,
-    spec: JobSpec,
-    check_stop: Callable[[], None],
-    progress: Callable[[int, int], None] = lambda done, of: None,
-) -> Evaluation:
+def evaluate_classifier(task: EvaluationTask) -> Evaluation:
     """Score the head on the held-out rows, next to the baseline that reads no text."""
-    began = time.monotonic()
+    began, learner, data, spec = time.monotonic(), task.learner, task.data, task.spec
     model, pad, batch = learner.model, learner.tokenizer.pad_token_id, spec.evaluation.per_device_eval_batch_size
     rows = data.held_out.rows[: spec.evaluation.max_rows]
 
     def run(work: Callable[[], None]) -> None:
         in_own_thread(partial(measuring, learner, work))
 
-    logits = classify(model, pad, rows, batch, counter(len(rows), check_stop, progress), run)
+    logits = classify(model, pad, rows, batch, counter(task, len(rows)), run)
     expected: Array = np.array([row.label for row in rows], dtype=np.int64)
     counts = np.bincount(data.train.rows.class_labels, minlength=len(data.label_names))
     shares: Array = counts / counts.sum()  # of the training rows; none is zero
@@ -59,13 +50,13 @@ def evaluate_classifier(
         tuned=logits.argmax(1).tolist(),
     )
     wanted, each = Metric.LABELS in spec.evaluation.metrics, np.ones(len(rows))
-    given_away = np.isin([row.number for row in rows], data.given_away)
+    given_away = np.isin([row.number for row in rows], data.held_out.given_away)
     metrics = [LOSS.compare(*losses, each)]
     if given_away.any() and not given_away.all():
         new = ~given_away
         metrics.append(NEW_ROWS_LOSS.compare(losses[0][new], losses[1][new], each[new]))
     if wanted:
-        metrics += [*label_metrics(labels), *form_metrics(data.rule, [row.number for row in rows], labels)]
+        metrics += [*label_metrics(labels), *form_metrics(data.held_out.rule, [row.number for row in rows], labels)]
     return Evaluation(
         metrics=metrics,
         answers=[],

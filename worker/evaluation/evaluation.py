@@ -27,8 +27,7 @@ from loractl.worker.data.tokens import TokenRow, unlearned
 from .answers import Answer, OwnScores, Prompt, answer_metrics, length_metrics, own_scores, prompts_of, side_by_side
 from .base_measurements import BaseMeasurements, EarlierMeasurement, MeasuredModel
 from .cheap import Shots, cheap_metrics, copied_metrics, form_metrics, frequent_metrics, shots_metrics
-from .comparison import Compared, Measure
-from .confusion import Labels, label_metrics, labels_taught
+from .comparison import Compared, Labels, Measure, label_metrics, labels_taught
 from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
 from .harness import Benchmarks
 from .row_losses import RowScores, end_ids, generate, loss_metrics, score_rows
@@ -63,39 +62,43 @@ class Evaluation:
     base_measured: EarlierMeasurement | None = None  # by an earlier job; None: by this one
 
 
-def evaluate(
-    learner: Learner,
-    data: PreparedData,
-    spec: JobSpec,
-    check_stop: Callable[[], None],
-    progress: Callable[[int, int], None] = lambda done, of: None,
-    kept: BaseMeasurements | None = None,
-) -> Evaluation:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTask:
+    """What an evaluation needs."""
+
+    learner: Learner
+    data: PreparedData
+    spec: JobSpec
+    check_stop: Callable[[], None]
+    progress: Callable[[int, int], None] = lambda done, of: None
+    kept: BaseMeasurements | None = None  # None: the base is measured here and now
+
+
+def evaluate(task: EvaluationTask) -> Evaluation:
     """Score base and tuned on the held-out rows, and generate answers of each.
 
     Answers: to the first `evaluation.samples` rows in full; if answers are labels, to every row, as long as a label.
-    `kept`: None: the base is measured here and now.
     """
-    began = time.monotonic()
+    began, learner, data, spec = time.monotonic(), task.learner, task.data, task.spec
     positions = positions_of(learner.model)
     made_for = getattr(learner.model.config.get_text_config(), "max_position_embeddings", None)  # tokens
     work = Work.of(data, spec, learner.tokenizer, positions)
     work = work.with_shots(data, spec, learner.tokenizer, positions or made_for)
-    base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept)
+    base, tuned, earlier = measure_both(task, work)
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = None
     if work.labelled:
         said = ([text for text, _ in measured.labels] for measured in (base, tuned))
         labels = Labels.of(work.labels, [prompt.expected for prompt in work.labelled], *said)
-    own = own_scores(answers, spec.evaluation, frozenset(data.given_away))
+    own = own_scores(answers, spec.evaluation, frozenset(data.held_out.given_away))
     wanted, stops = spec.evaluation.wanted, data.format is not DataFormat.TEXT
-    given_away = np.isin(work.numbers, data.given_away)
+    given_away = np.isin(work.numbers, data.held_out.given_away)
     metrics = loss_metrics(base.rows, tuned.rows, wanted, stops=stops, given_away=given_away)
     metrics += label_metrics(labels) if labels is not None else []
     if data.format is not DataFormat.TEXT:
-        numbered = {example.number: example for example in data.held_out_examples[: spec.evaluation.max_rows]}
+        numbered = {example.number: example for example in data.held_out.examples[: spec.evaluation.max_rows]}
         metrics += cheap_metrics([numbered[one] for one in work.numbers], data.answer_shares, tuned.rows, labels)
-        metrics += form_metrics(data.rule, [prompt.row for prompt in work.labelled], labels)
+        metrics += form_metrics(data.held_out.rule, [prompt.row for prompt in work.labelled], labels)
     metrics += [*(one for scores in own for one in scores.metrics), *answer_metrics(answers, wanted)]
     are_labels = data.answer_shares is not None
     metrics += frequent_metrics(answers, spec.evaluation, labels=are_labels)
@@ -129,49 +132,40 @@ def evaluate(
     )
 
 
-def measure_both(
-    learner: Learner,
-    work: Work,
-    spec: JobSpec,
-    check_stop: Callable[[], None],
-    progress: Callable[[int, int], None],
-    kept: BaseMeasurements | None,
-) -> tuple[MeasuredModel, MeasuredModel, EarlierMeasurement | None]:
+def measure_both(task: EvaluationTask, work: Work) -> tuple[MeasuredModel, MeasuredModel, EarlierMeasurement | None]:
     """Let base and tuned do the work. Returns their results, and who measured the base, if an earlier job did."""
-    tick, batch = (
-        counter(2 * work.passes + work.shot_passes, check_stop, progress),
-        spec.evaluation.per_device_eval_batch_size,
-    )
+    tick = counter(task, 2 * work.passes + work.shot_passes)
+    learner, batch = task.learner, task.spec.evaluation.per_device_eval_batch_size
 
     def measure_base() -> MeasuredModel:
-        return _measure(learner, work, spec, tick, check_stop, base=True)
+        return _measure(task, work, tick, base=True)
 
     def score(rows: list[TokenRow]) -> RowScores:
         run = partial(_in_modes, learner, base=True)
         scores = score_rows(learner.model, learner.tokenizer, rows, batch, scorer=learner.scorer, run=run)
-        check_stop()
+        task.check_stop()
         return scores
 
-    if kept is None:
+    if task.kept is None:
         base, earlier = measure_base(), None
     else:
-        base, earlier = kept.find(_question(learner, work, spec), work.rows, batch, measure_base, score)
+        base, earlier = task.kept.find(_question(task, work), work.rows, batch, measure_base, score)
     if earlier is not None:
         tick(work.passes + work.shot_passes)
-    tuned = _measure(learner, work, spec, tick, check_stop, base=False)
+    tuned = _measure(task, work, tick, base=False)
     base, tuned = (measured.by_example(work.rows, work.regression, work.shots.rows) for measured in (base, tuned))
     return base, tuned, earlier
 
 
-def counter(total: int, check_stop: Callable[[], None], progress: Callable[[int, int], None]) -> Callable[[int], None]:
+def counter(task: EvaluationTask, total: int) -> Callable[[int], None]:
     """A function to call after more rows: it checks for a stop, and reports progress."""
     done = 0
 
     def tick(count: int) -> None:
         nonlocal done
-        check_stop()
+        task.check_stop()
         done += count
-        progress(done, total)
+        task.progress(done, total)
 
     return tick
 
@@ -198,7 +192,7 @@ class Work:
         """`positions`: the model's, if it has a table of them. A prompt that leaves none for an answer is left out."""
         asked, most = spec.evaluation, spec.dataset.max_length
         longest = most if positions is None else min(most, positions - 1)
-        examples = data.held_out_examples[: asked.max_rows]
+        examples = data.held_out.examples[: asked.max_rows]
         labels = labels_taught(data.answer_shares) if Metric.LABELS in asked.metrics else []
         label_tokens = max((len(tokenizer(name, add_special_tokens=False).input_ids) for name in labels), default=0)
         several = answers_of(examples, tokenizer, most) if Metric.CONTEXT in asked.metrics else []
@@ -209,7 +203,7 @@ class Work:
             rows=rows,
             rejected=[text for _, *others in texts for text in others],
             given=list(map(unlearned, rows)) if spec.preference.learns_prompts else [],
-            prompts=prompts_of(data.held_out_examples[: asked.samples], tokenizer, longest),
+            prompts=prompts_of(data.held_out.examples[: asked.samples], tokenizer, longest),
             labels=labels,
             labelled=prompts_of(examples, tokenizer, longest) if labels else [],
             label_tokens=label_tokens + LABEL_SLACK,
@@ -227,7 +221,7 @@ class Work:
         asked, longest = spec.evaluation, spec.dataset.max_length
         shots = Shots.of(
             data.train_examples,
-            data.held_out_examples[: asked.max_rows],
+            data.held_out.examples[: asked.max_rows],
             self.rows,
             self.labelled or self.prompts,
             data.format,
@@ -283,17 +277,10 @@ class Work:
         return [stretch for stretch in every if stretch.count]
 
 
-def _measure(
-    learner: Learner,
-    work: Work,
-    spec: JobSpec,
-    tick: Callable[[int], None],
-    check_stop: Callable[[], None],
-    *,
-    base: bool,
-) -> MeasuredModel:
+def _measure(task: EvaluationTask, work: Work, tick: Callable[[int], None], *, base: bool) -> MeasuredModel:
     """Let one model do the work: the base, or the tuned one."""
-    model, tokenizer, batch = learner.model, learner.tokenizer, spec.evaluation.per_device_eval_batch_size
+    learner, batch = task.learner, task.spec.evaluation.per_device_eval_batch_size
+    model, tokenizer = learner.model, learner.tokenizer
     smaller: list[bool] = []
     halved = partial(smaller.append, True)
     run = partial(_in_modes, learner, base=base)
@@ -303,7 +290,7 @@ def _measure(
 
     def answer(prompts: Sequence[Prompt], longest: int, batch: int = batch) -> list[tuple[str, bool]]:
         ids = [prompt.ids for prompt in prompts]
-        return generate(model, tokenizer, ids, batch, longest, tick, check_stop, halved, run)
+        return generate(model, tokenizer, ids, batch, longest, tick, task.check_stop, halved, run)
 
     rows, rejected, given, whole, alone, regression = map(score, work.scored_apart)
     texts, labels = answer(work.prompts, work.longest_answer), answer(work.labelled, work.label_tokens)
@@ -327,8 +314,9 @@ def _in_modes(learner: Learner, piece: Callable[[], None], *, base: bool) -> Non
     in_own_thread(partial(measuring, learner, piece, base=base))
 
 
-def _question(learner: Learner, work: Work, spec: JobSpec) -> str:
+def _question(task: EvaluationTask, work: Work) -> str:
     """A hash of all that decides the result of `_measure` for the base."""
+    learner, spec = task.learner, task.spec
     ends = sorted(end_ids(learner.model, learner.tokenizer))
     how = (type(learner.scorer).__name__, repr(learner.precision), spec.evaluation.per_device_eval_batch_size, ends)
     shots = [work.shots.batch, work.shots.answer]

@@ -4,8 +4,7 @@ answers changed."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,17 +12,14 @@ import numpy.typing as npt
 import torch
 
 from loractl.common.job.sections import Metric, PreferenceSpec
-from loractl.common.job.spec import JobSpec
 from loractl.common.verdict import NEW_ROWS
-from loractl.worker.base.model import Learner, positions_of
-from loractl.worker.data.prepared import PreparedData
+from loractl.worker.base.model import positions_of
 from loractl.worker.engine.pairs import Pairs, margins, pair_losses
 
 from .answers import Answer, answer_metrics, length_metrics, side_by_side, words
-from .base_measurements import BaseMeasurements, MeasuredModel
+from .base_measurements import MeasuredModel
 from .comparison import Array, Compared, Measure, compare_shares
-from .evaluation import Evaluation, Work, measure_both
-from .row_losses import RowScores
+from .evaluation import Evaluation, EvaluationTask, Work, measure_both
 
 LOSS = Measure(name="loss", label="preference loss")
 NEW_ROWS_LOSS = Measure(name="new_rows_loss", label="preference loss, pairs like none that is trained on")
@@ -35,59 +31,16 @@ RUN = 4
 """The length, in words, of a run that counts as repeated."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PairScores:
-    """One model's scores of pairs, in order: of both answers, and of the prompts if the loss learns them."""
-
-    chosen: RowScores
-    rejected: RowScores
-    given: RowScores
-
-    @classmethod
-    def of(cls, measured: MeasuredModel) -> PairScores:
-        return cls(chosen=measured.rows, rejected=measured.rejected, given=measured.given)
-
-    @property
-    def tokens(self) -> Array:
-        """The tokens of both answers of each pair."""
-        return self.chosen.tokens + self.rejected.tokens
-
-    @property
-    def pairs(self) -> Pairs:
-        """The same in the losses' form, in float64."""
-        chosen, rejected = self.chosen, self.rejected
-        prompts, prompt_tokens = (self.given.loss, self.given.tokens) if len(self.given.loss) else (0.0, 0.0)
-        values = {
-            "chosen": -chosen.loss,
-            "rejected": -rejected.loss,
-            "chosen_tokens": chosen.tokens,
-            "rejected_tokens": rejected.tokens,
-            "learned": -(chosen.loss + prompts),
-            "learned_tokens": chosen.tokens + prompt_tokens,
-        }
-        return Pairs(**{name: torch.from_numpy(array) for name, array in values.items()})
-
-
-def evaluate_preferences(
-    learner: Learner,
-    data: PreparedData,
-    spec: JobSpec,
-    check_stop: Callable[[], None],
-    progress: Callable[[int, int], None] = lambda done, of: None,
-    kept: BaseMeasurements | None = None,
-) -> Evaluation:
-    """Score both answers of every held-out pair, and let base and tuned answer the first `evaluation.samples` prompts.
-
-    `kept`: see `evaluate`.
-    """
-    began = time.monotonic()
+def evaluate_preferences(task: EvaluationTask) -> Evaluation:
+    """Score both answers of every held-out pair, and let base and tuned answer the first `evaluation.samples`
+    prompts."""
+    began, learner, data, spec = time.monotonic(), task.learner, task.data, task.spec
     work = Work.of(data, spec, learner.tokenizer, positions_of(learner.model))
-    base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept)
-    scores = PairScores.of(base), PairScores.of(tuned)
-    losses = pair_row_losses(spec.preference, scores)
+    base, tuned, earlier = measure_both(task, work)
+    losses = pair_row_losses(spec.preference, base, tuned)
     answers, wanted = side_by_side(work.prompts, base.texts, tuned.texts), spec.evaluation.wanted
-    given_away = np.isin(work.numbers, data.given_away)
-    metrics = pair_metrics(spec.preference, scores, losses, wanted, given_away)
+    given_away = np.isin(work.numbers, data.held_out.given_away)
+    metrics = pair_metrics(spec.preference, (base, tuned), losses, wanted, given_away)
     return Evaluation(
         metrics=metrics + written_metrics(answers, learner.tokenizer),
         answers=answers,
@@ -95,7 +48,9 @@ def evaluate_preferences(
         seconds=time.monotonic() - began,
         row_losses=[
             (number, 1, round(float(before), 6), round(float(after), 6), int(tokens))
-            for number, tokens, before, after in zip(work.numbers, scores[0].tokens, *losses, strict=True)
+            for number, tokens, before, after in zip(
+                work.numbers, base.rows.tokens + base.rejected.tokens, *losses, strict=True
+            )
         ],
         given_away=int(given_away.sum()),
         base_measured=earlier,
@@ -104,23 +59,37 @@ def evaluate_preferences(
     )
 
 
-def pair_row_losses(asked: PreferenceSpec, scores: tuple[PairScores, PairScores]) -> tuple[Array, Array]:
+def measured_pairs(measured: MeasuredModel) -> Pairs:
+    """One model's scores of pairs in the losses' form, in float64."""
+    chosen, rejected, given = measured.rows, measured.rejected, measured.given  # given: if the loss learns prompts
+    prompts, prompt_tokens = (given.loss, given.tokens) if len(given.loss) else (0.0, 0.0)
+    values = {
+        "chosen": -chosen.loss,
+        "rejected": -rejected.loss,
+        "chosen_tokens": chosen.tokens,
+        "rejected_tokens": rejected.tokens,
+        "learned": -(chosen.loss + prompts),
+        "learned_tokens": chosen.tokens + prompt_tokens,
+    }
+    return Pairs(**{name: torch.from_numpy(array) for name, array in values.items()})
+
+
+def pair_row_losses(asked: PreferenceSpec, base: MeasuredModel, tuned: MeasuredModel) -> tuple[Array, Array]:
     """The loss of each pair, for base and for tuned. A term for the chosen answers is the mean over the pair's own
     tokens. The base is the reference."""
-    near = scores[0].pairs
+    near = measured_pairs(base)
 
-    def losses(of: PairScores) -> Array:
-        pairs, weight = of.pairs, asked.answer_weight
+    def losses(of: MeasuredModel) -> Array:
+        pairs, weight = measured_pairs(of), asked.answer_weight
         found = pair_losses(asked, pairs, near)
         return np.asarray((found - weight * pairs.learned / pairs.learned_tokens if weight else found).numpy())
 
-    base, tuned = scores
     return losses(base), losses(tuned)
 
 
 def pair_metrics(
     asked: PreferenceSpec,
-    scores: tuple[PairScores, PairScores],
+    measured: tuple[MeasuredModel, MeasuredModel],
     losses: tuple[Array, Array],
     wanted: set[Metric],
     given_away: npt.NDArray[np.bool_],
@@ -128,7 +97,7 @@ def pair_metrics(
     """The measures of base and tuned on the pairs. `given_away`: by pair, whether a row to train on gives it away; loss
     and accuracy of the others are reported, too."""
     each = np.ones(len(given_away))
-    base, tuned = (np.asarray(margins(asked, of.pairs).numpy()) for of in scores)
+    base, tuned = (np.asarray(margins(asked, measured_pairs(of)).numpy()) for of in measured)
     new = ~given_away
     apart = bool(given_away.any() and new.any())
     metrics = [LOSS.compare(*losses, each)]
@@ -141,8 +110,8 @@ def pair_metrics(
             name, label = f"{NEW_ROWS}{name}", f"{label}, pairs like none that is trained on"
             metrics.append(compare_shares(name, label, (base[new] > 0).tolist(), (tuned[new] > 0).tolist()))
         metrics.append(MARGIN.compare(base, tuned, each))
-    chosen = [of.chosen for of in scores]
-    return [*metrics, CHOSEN_LOSS.compare(chosen[0].loss, chosen[1].loss, chosen[0].tokens)]
+    before, after = (of.rows for of in measured)
+    return [*metrics, CHOSEN_LOSS.compare(before.loss, after.loss, before.tokens)]
 
 
 def written_metrics(answers: Sequence[Answer], tokenizer: Any) -> list[Compared]:

@@ -6,23 +6,20 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.artifacts import FINAL, sha256_of
 from loractl.common.chart import forest, loss_chart
-from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.kinds import kind_of
-from loractl.common.job.method import Checkpointing
 from loractl.common.job.sections import DataFormat
 from loractl.common.job.spec import JobSpec
 from loractl.common.text import signed
 from loractl.common.units import amount, duration, gib, thousands
 from loractl.common.verdict import RESEMBLE, RIGHT, answer_groups, badge, chose_step, report_verdict, rights, written
-from loractl.worker.data.prepared import PreparedData
-from loractl.worker.protocol.messages import Peaks, Start
+from loractl.worker.data.prepared import MeasuredRows, PreparedData
+from loractl.worker.protocol.messages import Start
 from loractl.worker.protocol.versions import installed_versions
 
 from .answers import as_json
@@ -35,11 +32,6 @@ if TYPE_CHECKING:
 
     from .evaluation import Evaluation
     from .harness import Benchmarks
-
-
-def write_page(report: dict[str, Any], folder: Path) -> None:
-    """report.html."""
-    (folder / "report.html").write_text(render_html(report), "utf-8")
 
 
 def render_html(report: dict[str, Any]) -> str:
@@ -71,32 +63,6 @@ def page_template() -> Template:
     return environment.from_string((files(__package__) / "report.html.jinja").read_text("utf-8"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingCourse:
-    """The course of one attempt's training. The report reads it; it no longer changes."""
-
-    first_step: int  # from which it was resumed; 0: from the beginning
-    steps: int  # done in all, including resumed ones
-    kept_step: int  # of the kept adapter
-    stopped_early: int | None  # the step at which early stopping ended it
-    losses: tuple[tuple[int, float], ...]  # (step, training loss)
-    eval_losses: tuple[tuple[int, float], ...]  # (step, held-out loss)
-    seconds: float  # inside this attempt's steps, without evaluations and checkpoints
-    wall_seconds: float  # of this attempt, including preparation and evaluation
-    tokens: int  # without padding, from the first step on
-    tokens_per_second: float | None
-    peaks: Peaks
-    peak_kind: str  # what the peak measures, for people
-    adjustment: Adjustment  # to the available memory
-    changes: tuple[str, ...]  # the same in words
-    optimizer: str
-    train_batch: int
-    accumulation_steps: int
-    eval_batch: int
-    gradient_checkpointing: Checkpointing
-    threads: int
-
-
 SCHEMA = 1
 """Version of report.json's format; a reader refuses a newer one."""
 
@@ -110,10 +76,11 @@ def build_report(
     learner: Learner,
     data: PreparedData,
     evaluation: Evaluation,
-    course: TrainingCourse,
+    training: dict[str, Any],
+    wall_seconds: float,
     final: Evaluation | None = None,
 ) -> dict[str, Any]:
-    """All measurements, and all that a repetition needs, as plain JSON values.
+    """All measurements, and all that a repetition needs, as plain JSON values. `wall_seconds`: of this attempt.
 
     `schema`: the form's version; `job`: `job_id`, `name`, `user`, `attempt`, `node`, `gpu`, `device_name`, `labels`;
     `base_model`; `base`: its BaseIdentity, `commit`, `sha256` and `files`; `task_type`; `method` and `method_why`; the
@@ -132,18 +99,10 @@ def build_report(
     (`parallel`); step and loss in `losses` and `eval_losses`; of an earlier version the `companions`, jobs in the same
     process.
     """
-    spec, last, texts = order.spec, data.of_final, data.format is DataFormat.TEXT
-    measured = (
-        {}
-        if final is None or last is None
-        else {
-            FINAL: {
-                "sha256": data.facts()["final_sha256"],
-                "verdict": _verdict_on(final, last, last.doubts("final"), "final", texts=texts),
-                **_evaluation(final),
-            }
-        }
-    )
+    spec, texts, measured = order.spec, data.format is DataFormat.TEXT, dict[str, Any]()
+    if final is not None and data.final is not None:
+        judged = _verdict_on(final, data.final, "final", texts=texts)
+        measured[FINAL] = {"sha256": data.facts()["final_sha256"], "verdict": judged, **_evaluation(final)}
     return {
         "schema": SCHEMA,
         "job": _job(order),
@@ -153,7 +112,7 @@ def build_report(
         "method": order.method.value,
         "method_why": order.method_why,
         "spec": spec.model_dump(mode="json"),
-        "verdict": _verdict_on(evaluation, data, [*_chosen(spec, course), *data.doubts()], "held-out", texts=texts),
+        "verdict": _verdict_on(evaluation, data.held_out, "held-out", _chosen(spec, training), texts=texts),
         "adapter": _adapter(order, learner.model),
         "data": {
             **data.facts(),
@@ -161,30 +120,30 @@ def build_report(
             "eval_sha256": order.eval_sha256,
             "regression_sha256": order.regression_sha256,
         },
-        "training": _training(order, course, str(learner.precision.base).removeprefix("torch.")),
+        "training": training,
         "evaluation": _evaluation(evaluation),
         **measured,
         "seed": spec.training.seed,
-        "wall_seconds": course.wall_seconds,
+        "wall_seconds": wall_seconds,
         "versions": installed_versions(),
     }
 
 
-def _chosen(spec: JobSpec, course: TrainingCourse) -> list[str]:
+def _chosen(spec: JobSpec, training: dict[str, Any]) -> list[str]:
     """A sentence if the held-out rows chose the adapter that they measure."""
-    evaluations, stopped = len(course.eval_losses), course.stopped_early is not None
+    evaluations, stopped = len(training["eval_losses"]), training["stopped_early_at_step"] is not None
     if not chose_step(keeps_best=spec.training.load_best_model_at_end, evaluations=evaluations, stopped_early=stopped):
         return []
-    return [f"These rows chose step {course.kept_step}, so their loss is optimistic."]
+    return [f"These rows chose step {training['kept_step']}, so their loss is optimistic."]
 
 
 def _verdict_on(
-    found: Evaluation, data: PreparedData, doubts: Sequence[str], rows: str, *, texts: bool
+    found: Evaluation, rows: MeasuredRows, called: str, doubts: Sequence[str] = (), *, texts: bool
 ) -> dict[str, str]:
     """On an evaluation and the rows that it measured. Also doubted: what the job file's own measures leave out."""
-    doubts = [*doubts, *(scores.doubt for scores in found.own if scores.doubt)]
-    seen = {"resemble": data.resemble, "read_off": data.read_off}
-    return verdict(found.metrics, found.against, doubts, rows, found.given_away, texts=texts, **seen)
+    doubts = [*doubts, *rows.doubts(called), *(scores.doubt for scores in found.own if scores.doubt)]
+    seen = {"resemble": rows.resemble, "read_off": rows.read_off}
+    return verdict(found.metrics, found.against, doubts, called, found.given_away, texts=texts, **seen)
 
 
 def verdict(
@@ -207,8 +166,9 @@ def verdict(
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
-    """report.json."""
+    """report.json and report.html."""
     (folder / "report.json").write_text(json.dumps(_finite(report), indent=1, allow_nan=False), "utf-8")
+    (folder / "report.html").write_text(render_html(report), "utf-8")
 
 
 def _job(order: Start) -> dict[str, Any]:
@@ -237,47 +197,6 @@ def _adapter(order: Start, model: Any) -> dict[str, Any]:
         "total_parameters": total,
         "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")),
         "sha256": sha256_of(folder / "adapter_model.safetensors"),
-    }
-
-
-def _training(order: Start, course: TrainingCourse, precision: str) -> dict[str, Any]:
-    asked = order.spec.training
-    return {
-        "steps": course.steps,
-        "resumed_from_step": course.first_step or None,
-        "stopped_early_at_step": course.stopped_early,
-        "kept_step": course.kept_step,
-        "epochs": asked.num_train_epochs,
-        "seconds": course.seconds,
-        "tokens": course.tokens,
-        "tokens_per_second": course.tokens_per_second,
-        "peak_memory_bytes": course.peaks.reserved,
-        "peak_memory_kind": course.peak_kind,
-        "peak_allocated_bytes": course.peaks.allocated,
-        "peak_process_bytes": course.peaks.process,
-        "vram_planned": order.vram_planned,
-        "vram_reserved": order.vram_reserved,
-        "learning_rate": asked.learning_rate,
-        "optim": course.optimizer,
-        "per_device_train_batch_size": course.train_batch,
-        "gradient_accumulation_steps": course.accumulation_steps,
-        "per_device_eval_batch_size": course.eval_batch,
-        "adjustment": course.adjustment.as_json(),
-        "changes": list(course.changes),
-        "asked": {
-            "per_device_train_batch_size": asked.per_device_train_batch_size,
-            "gradient_accumulation_steps": asked.gradient_accumulation_steps,
-            "gradient_checkpointing": asked.gradient_checkpointing,
-            "per_device_eval_batch_size": order.spec.evaluation.per_device_eval_batch_size,
-        },
-        "gradient_checkpointing": course.gradient_checkpointing,
-        "precision": precision,
-        "device": order.device,
-        "threads": course.threads,
-        "cards": max(1, len(order.ranks)),
-        "parallel": order.parallel.value,
-        "losses": list(course.losses),
-        "eval_losses": list(course.eval_losses),
     }
 
 

@@ -29,7 +29,7 @@ from loractl.worker.data.row_forms import with_prompts
 from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loop import TrainingLoop, TrainingRows
-from loractl.worker.engine.loss import ForwardPass, forget, meet, window_of
+from loractl.worker.engine.loss import ForwardPass, window_of
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.saved_state import read_snapshot
 from loractl.worker.protocol.marker import Checkpoint
@@ -71,9 +71,9 @@ def try_longest(loop: TrainingLoop, learner: Learner, data: PreparedData, run: R
     try:
         if failure is not None:
             raise DoesNotFit(failure)  # outside the handler: neither the error nor its context may hold tensors
-        if isinstance(loop.forward, LeanPass) and loop.forward.by_row is not None:
+        if isinstance(loop.forward, LeanPass) and (by_row := loop.forward.layout.by_row) is not None:
             # a card starts kernels for each row: a step of many short rows may take several times as long
-            run.note("engine", f"attention goes row by row: {loop.forward.by_row}")
+            run.note("engine", f"attention goes row by row: {by_row}")
         _try_evaluation(loop, learner, data, run)
     finally:
         held.clear()
@@ -97,7 +97,7 @@ def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, ru
     def work(chosen: list[int]) -> None:
         picked = [batch[i] for i in chosen]
         if in_training:
-            meet(loop.forward.loss, picked)
+            loop.forward.loss.meet(picked)
             loop.forward.held_out_loss(picked)
         run.kind.score(learner, picked)
 
@@ -108,7 +108,7 @@ def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, ru
     fitting = in_batches(list(range(len(batch))), wanted, work, lambda piece: in_own_thread(partial(tried, piece)))
     if fitting != wanted:
         args.per_device_eval_batch_size = fitting
-        run.adjust_evaluation(fitting)
+        run.adjust(replace(run.adjustment, eval_batch=fitting))
 
 
 def longest(rows: Sequence[TokenRow], count: int, own: Sequence[int] | None = None) -> list[TokenRow]:
@@ -122,7 +122,7 @@ def _try_step(loop: TrainingLoop, rows: list[TokenRow], held: list[torch.Tensor]
     """Forward and backward like a step's, with what a real step has `held` at the same time."""
     pieces, device = loop.args.gradient_accumulation_steps, loop.forward.device
     with random_streams_kept():
-        meet(loop.forward.loss, rows)
+        loop.forward.loss.meet(rows)
         held.append(torch.empty(_bytes_to_come(loop), dtype=torch.uint8, device=device))
         try:
             if pieces > 1:
@@ -241,7 +241,7 @@ def fit(
             what = f"one row of {tokens} tokens does not fit, even with gradient checkpointing"
             raise TrainingFailed(Reason.OUT_OF_MEMORY, f"{what}: {failure}")
         run.adjust(lighter)
-        forget(forward.loss)
+        forward.loss.forget()
 
 
 def _take_finished(run: Run, learner: Learner, callbacks: Callbacks, checkpoint: Checkpoint) -> None:

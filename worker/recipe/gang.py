@@ -44,21 +44,16 @@ class Gang:
     def adapted(self, load: Callable[[], Any]) -> Any:
         """The model from `load`, divided if the job's base is: then one process after another holds a whole base in the
         box's memory."""
-        if self.shards is None:
+        if (shards := self.shards) is None:
             return load()
-        model = self.link.in_turn(lambda: self._divided(load()))
-        self.shards.begin(model)
+        model = self.link.in_turn(lambda: shards.divide(load()))
+        shards.begin(model)
         return model
 
     def lead(self, own: OwnPass, spec: JobSpec, precision: Precision) -> DividedPass:
         """The pass in which all ranks do their parts."""
         noise = spec.training.neftune_noise_alpha
         return DividedPass(own, self.link, self.shards, scales=precision.amp == "fp16", noise=noise)
-
-    def _divided(self, model: Any) -> Any:
-        assert self.shards is not None
-        self.shards.divide(model)
-        return model
 
 
 def gathered(order: Start, head: Head | None, pad: int) -> Gang | None:

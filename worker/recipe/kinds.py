@@ -7,9 +7,7 @@ Pairs are measured against reference scores: from the base model, or from the ad
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,8 @@ from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import CrossEntropy, LabelLoss, Loss, classified
 from loractl.worker.engine.pairs import PairLoss
-from loractl.worker.evaluation.base_measurements import BaseMeasurements
 from loractl.worker.evaluation.classifier import classify, evaluate_classifier
-from loractl.worker.evaluation.evaluation import Evaluation, Work, evaluate
+from loractl.worker.evaluation.evaluation import Evaluation, EvaluationTask, Work, evaluate
 from loractl.worker.evaluation.preferences import evaluate_preferences
 from loractl.worker.evaluation.row_losses import score_rows
 from loractl.worker.evaluation.stretches import ROWS, Stretch
@@ -35,20 +32,9 @@ from loractl.worker.evaluation.stretches import ROWS, Stretch
 from .reference import FrozenReference, KeptScores
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationTask:
-    """What an evaluation needs; see `evaluate` of worker/evaluation."""
-
-    learner: Learner
-    data: PreparedData
-    spec: JobSpec
-    check_stop: Callable[[], None]
-    progress: Callable[[int, int], None]
-    kept: BaseMeasurements | None = None
-
-
-class TrainedKind(ABC):
-    """What differs between kinds, from the base to the report."""
+class TrainedKind:
+    """What a kind does with a model, from the base to the report. This one is for answers and texts: the base keeps its
+    own head, and is the model with its adapter switched off. The others say what differs."""
 
     from_ancestor = False
     """Whether loss and report compare with lora.init_from's adapter instead of the bare base."""
@@ -61,9 +47,9 @@ class TrainedKind(ABC):
         """A head in place of the base's own; None: the base keeps its own."""
         return None
 
-    @abstractmethod
     def loss(self, spec: JobSpec) -> Loss:
         """The loss that rows are trained with."""
+        return CrossEntropy(smoothing=spec.training.label_smoothing_factor)
 
     def refer(self, loss: Loss, learner: Learner, kept: KeptScores | None = None) -> FrozenReference | None:
         """Give a loss its reference model, if it needs one. `kept`: where its scores are left for later jobs."""
@@ -73,77 +59,49 @@ class TrainedKind(ABC):
         """How the rows differ from the stored adapter that the job starts from. Raises ArtifactError."""
         return None
 
-    def leave(self, model: Any, folder: Path) -> None:  # noqa: B027
+    def leave(self, model: Any, folder: Path) -> None:
         """Write what users need besides the adapter's weights."""
 
-    @abstractmethod
     def answers(self, spec: JobSpec, data: PreparedData) -> int:
         """How many held-out rows are answered in full."""
+        return min(spec.evaluation.samples, len(data.held_out.examples))
 
-    @abstractmethod
     def stretches(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> list[Stretch]:
         """The work of its evaluation."""
+        work = Work.of(data, spec, tokenizer).with_shots(data, spec, tokenizer)
+        return [*work.stretches, *work.shot_stretches, *(part.adapted for part in work.stretches)]
 
-    @abstractmethod
     def score(self, learner: Learner, rows: list[TokenRow]) -> None:
         """One batch like its evaluation's, for a model in eval mode, to see whether it fits."""
+        score_rows(learner.model, learner.tokenizer, rows, len(rows), scorer=learner.scorer, run=lambda piece: piece())
 
-    @abstractmethod
-    def evaluate(self, work: EvaluationTask) -> Evaluation:
+    def evaluate(self, task: EvaluationTask) -> Evaluation:
         """What the report says about the held-out rows."""
+        return evaluate(task)
 
     def settings(self, labels: int | None) -> dict[str, Any]:
         """The keys that it needs in the model's config. `labels`: as planned."""
         return {}
 
-    @abstractmethod
     def built(self, config: Any, **options: Any) -> Any:
         """The model of a config, with meaningless weights."""
-
-    @abstractmethod
-    def unquantised(self, model: Any) -> Sequence[str]:
-        """Modules that bitsandbytes leaves alone."""
-
-    @abstractmethod
-    def traced_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], count: torch.Tensor) -> torch.Tensor:
-        """The loss of a padded batch without content, all of it learned."""
-
-
-class TrainedAnswers(TrainedKind):
-    """Answers and texts. The base keeps its own head, and is the model with its adapter switched off."""
-
-    def loss(self, spec: JobSpec) -> Loss:
-        return CrossEntropy(smoothing=spec.training.label_smoothing_factor)
-
-    def answers(self, spec: JobSpec, data: PreparedData) -> int:
-        return min(spec.evaluation.samples, len(data.held_out_examples))
-
-    def stretches(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> list[Stretch]:
-        work = Work.of(data, spec, tokenizer).with_shots(data, spec, tokenizer)
-        return [*work.stretches, *work.shot_stretches, *(part.adapted for part in work.stretches)]
-
-    def score(self, learner: Learner, rows: list[TokenRow]) -> None:
-        score_rows(learner.model, learner.tokenizer, rows, len(rows), scorer=learner.scorer, run=lambda piece: piece())
-
-    def evaluate(self, work: EvaluationTask) -> Evaluation:
-        return evaluate(work.learner, work.data, work.spec, work.check_stop, work.progress, work.kept)
-
-    def built(self, config: Any, **options: Any) -> Any:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_config(config, **options)
 
     def unquantised(self, model: Any) -> Sequence[str]:
+        """Modules that bitsandbytes leaves alone."""
         from transformers.quantizers.base import get_keys_to_not_convert
 
         return list(get_keys_to_not_convert(model))
 
     def traced_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], count: torch.Tensor) -> torch.Tensor:
+        """The loss of a padded batch without content, all of it learned."""
         # only the loss of the output is kept, so that the logits are freed before the backward pass
         return model(**inputs, num_items_in_batch=count, labels=inputs["input_ids"])[0]
 
 
-class TrainedPreferences(TrainedAnswers):
+class TrainedPreferences(TrainedKind):
     """A model that answers, learned from pairs: how often and by how much the chosen answer is likelier."""
 
     from_ancestor = True
@@ -163,8 +121,8 @@ class TrainedPreferences(TrainedAnswers):
         answers = [text for row in rows for text in form_of(DataFormat.PREFERENCE).texts(row)]
         super().score(learner, sorted(answers, key=lambda row: -len(row.input_ids))[: len(rows)])
 
-    def evaluate(self, work: EvaluationTask) -> Evaluation:
-        return evaluate_preferences(work.learner, work.data, work.spec, work.check_stop, work.progress, work.kept)
+    def evaluate(self, task: EvaluationTask) -> Evaluation:
+        return evaluate_preferences(task)
 
 
 MOST_NAMED = 8
@@ -201,8 +159,8 @@ class TrainedClasses(TrainedKind):
     def score(self, learner: Learner, rows: list[TokenRow]) -> None:
         classify(learner.model, learner.tokenizer.pad_token_id, rows, len(rows), run=lambda piece: piece())
 
-    def evaluate(self, work: EvaluationTask) -> Evaluation:
-        return evaluate_classifier(work.learner, work.data, work.spec, work.check_stop, work.progress)
+    def evaluate(self, task: EvaluationTask) -> Evaluation:
+        return evaluate_classifier(task)
 
     def settings(self, labels: int | None) -> dict[str, Any]:
         return {**label_settings(list(map(str, range(labels or 0)))), "pad_token_id": 0}
@@ -221,7 +179,7 @@ class TrainedClasses(TrainedKind):
 
 
 _KINDS: dict[TaskType, TrainedKind] = {
-    TaskType.CAUSAL_LM: TrainedAnswers(),
+    TaskType.CAUSAL_LM: TrainedKind(),
     TaskType.SEQ_CLS: TrainedClasses(),
     TaskType.PREFERENCE: TrainedPreferences(),
 }

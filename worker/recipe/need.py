@@ -18,6 +18,7 @@ from loractl.common.memory.weights import sharded_bytes, weight_bytes
 from loractl.common.units import gib
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.gauge import limit_to
 from loractl.worker.base.shared_heads import are_fused
 from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.prepared import PreparedData
@@ -125,7 +126,7 @@ def _planned(run: Run, need: Need, lengths: Lengths, stack: Stack) -> int | None
 def _tell(run: Run, need: Need, lengths: Lengths, stack: Stack) -> None:
     size = _planned(run, need, lengths, stack)
     if run.on_gpu:
-        run.lower_to(lowered_limit(run.order, size))
+        limit_to(lowered_limit(run.order, size), run.order.device, run.order.gpu)  # the rest goes to other jobs
 
 
 def lowered_limit(order: Start, size: int | None) -> int | None:

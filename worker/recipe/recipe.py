@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,15 @@ from loractl.worker.engine.passes.choice import forward_pass
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import check_apart
 from loractl.worker.engine.ranks.part import DividedPass
-from loractl.worker.evaluation.base_measurements import BaseMeasurements
-from loractl.worker.evaluation.evaluation import Evaluation
+from loractl.worker.evaluation.evaluation import Evaluation, EvaluationTask
 from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks
-from loractl.worker.evaluation.report import TrainingCourse, build_report, write_page, write_report
+from loractl.worker.evaluation.report import build_report, write_report
 from loractl.worker.protocol.messages import Ancestor, Ended, Planned
 
 from .arguments import check_trackers
 from .box_files import measurements, pair_scores
 from .fit import Callbacks, fit
 from .gang import Gang, base_of, gathered
-from .kinds import EvaluationTask
 from .need import tell_need, tell_padded
 from .reference import FrozenReference
 from .resume import checkpoint_to_resume
@@ -67,7 +64,7 @@ def train(run: Run) -> Ended:
     run.say("reads the rows, and turns them into tokens")
     data = prepare_rows(order, run.spec, tokenizer)
     _note_data(run, data)
-    tasks = find_tasks(run.spec, order.lm_eval_tasks)  # they are other people's programs, and may draw
+    benchmarks = find_tasks(run.spec, order.lm_eval_tasks)  # they are other people's programs, and may draw
     tell_need(run, data)
     run.check_stop()
 
@@ -95,17 +92,16 @@ def train(run: Run) -> Ended:
     if reference is not None and callbacks.checkpoint is None:  # else some were scored in other micro-batches
         reference.leave()
     kept = measurements(run, learner, identity)
-    evaluation = _evaluate(run, learner, data, tasks, callbacks, kept)
-    final = _evaluate_final(run, learner, data, callbacks, kept)
+    task = EvaluationTask(learner=learner, data=data, spec=run.spec, check_stop=run.check_stop, kept=kept)
+    evaluation, final = _evaluate(run, task, benchmarks, callbacks), _evaluate_final(run, task, callbacks)
     if isinstance(steps, DividedPass):
         steps.end()
 
     # 6. The report, and the manifest's other files.
-    course = _course(run, callbacks, arguments, time.monotonic() - began)
+    course, wall_seconds = _course(run, learner, callbacks, arguments), time.monotonic() - began
     run.say("hashes the base's files, and writes the report")
-    report = build_report(order, identity.wait(run.go_on), learner, data, evaluation, course, final)
+    report = build_report(order, identity.wait(run.go_on), learner, data, evaluation, course, wall_seconds, final)
     write_report(report, out)
-    write_page(report, out)
     (out / "adapter" / "README.md").write_text(lab_card(report), "utf-8")
     return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.gauge.look())
 
@@ -250,21 +246,15 @@ def _resolved(run: Run, arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def _evaluate(
-    run: Run,
-    learner: Learner,
-    data: PreparedData,
-    tasks: Any,
-    callbacks: Callbacks,
-    kept: BaseMeasurements | None,
-) -> Evaluation:
-    """`tasks`: from `find_tasks`."""
-    most, rows = run.spec.evaluation.max_rows, data.held_out.rows.examples
+def _evaluate(run: Run, task: EvaluationTask, benchmarks: Any, callbacks: Callbacks) -> Evaluation:
+    """`benchmarks`: from `find_tasks`."""
+    most, rows = run.spec.evaluation.max_rows, task.data.held_out.rows.examples
     rows = rows if most is None else min(rows, most)
     work = f"{rows} held-out row{'s' * (rows != 1)}"
-    if answers := run.kind.answers(run.spec, data):
+    if answers := run.kind.answers(run.spec, task.data):
         work += f", with {answers} answer{'s' * (answers != 1)} of at most {run.spec.evaluation.max_new_tokens} tokens"
-    evaluation = _measure(run, learner, data, callbacks.teller.evaluating(_on(run, learner, work)), kept)
+    progress = callbacks.teller.evaluating(_on(run, task, work))
+    evaluation = run.kind.evaluate(replace(task, progress=progress))
     if (earlier := evaluation.base_measured) is not None:
         run.note(
             "evaluation",
@@ -272,45 +262,23 @@ def _evaluate(
             f"on {earlier.at:%Y-%m-%d}; {earlier.checked} of the rows were measured again and are equal",
         )
     callbacks.teller.tell_held_out(evaluation)
-    if tasks is None:
+    if benchmarks is None:
         return evaluation
     run.note("evaluation", f"scoring base and tuned on {', '.join(run.spec.evaluation.lm_eval)} of lm_eval")
-    scored = score_tasks(learner, run.spec, tasks, run.check_stop)
-    return replace(evaluation, benchmarks=scored)
+    return replace(evaluation, benchmarks=score_tasks(task.learner, run.spec, benchmarks, run.check_stop))
 
 
-def _evaluate_final(
-    run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks, kept: BaseMeasurements | None
-) -> Evaluation | None:
+def _evaluate_final(run: Run, task: EvaluationTask, callbacks: Callbacks) -> Evaluation | None:
     """The same on the final rows, only for the report's file: neither log nor database gets a figure from it."""
-    if (final := data.of_final) is None:
+    if (final := task.data.of_final) is None:
         return None
-    progress = callbacks.teller.evaluating(_on(run, learner, "the final rows"), final=True)
-    return _measure(run, learner, final, progress, kept)
+    progress = callbacks.teller.evaluating(_on(run, task, "the final rows"), final=True)
+    return run.kind.evaluate(replace(task, data=final, progress=progress))
 
 
-def _on(run: Run, learner: Learner, work: str) -> list[str]:
+def _on(run: Run, task: EvaluationTask, work: str) -> list[str]:
     """What is measured, one after the other."""
-    return [f"{model} on {work}" for model in run.kind.measured(learner)]
-
-
-def _measure(
-    run: Run,
-    learner: Learner,
-    data: PreparedData,
-    progress: Callable[[int, int], None],
-    kept: BaseMeasurements | None,
-) -> Evaluation:
-    return run.kind.evaluate(
-        EvaluationTask(
-            learner=learner,
-            data=data,
-            spec=run.spec,
-            check_stop=run.check_stop,
-            progress=progress,
-            kept=kept,
-        )
-    )
+    return [f"{model} on {work}" for model in run.kind.measured(task.learner)]
 
 
 def _checks(run: Run, learner: Learner) -> CheckCache:
@@ -322,31 +290,47 @@ def _checks(run: Run, learner: Learner) -> CheckCache:
     return CheckCache(folder=Path(order.cache_dir) / "tried", about=[files, *how])
 
 
-def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_seconds: float) -> TrainingCourse:
-    """What happened in the training, for the report."""
+def _course(run: Run, learner: Learner, callbacks: Callbacks, arguments: TrainingArguments) -> dict[str, Any]:
+    """What happened in the training, as the report has it (`build_report`)."""
+    order, asked, peaks = run.order, run.order.spec.training, run.gauge.look()
     recorder, best = callbacks.recorder, callbacks.best
+    # on several cards the measured peak does not cover the whole job
+    measured_on = f" on {order.node}, the first of {len(order.ranks)} cards" if order.ranks else ""
     recomputes = run.spec.training.gradient_checkpointing
-    return TrainingCourse(
-        first_step=recorder.first_step,
-        steps=recorder.steps,
-        kept_step=best.kept_step,
-        stopped_early=best.stopped_early,
-        losses=tuple(recorder.train_losses),
-        eval_losses=tuple(recorder.eval_losses),
-        seconds=recorder.seconds,
-        wall_seconds=wall_seconds,
-        tokens=recorder.tokens,
-        tokens_per_second=recorder.tokens_per_second,
-        peaks=run.gauge.look(),
-        # on several cards the measured peak does not cover the whole job
-        peak_kind=run.gauge.kind
-        + (f" on {run.order.node}, the first of {len(run.order.ranks)} cards" if run.order.ranks else ""),
-        adjustment=run.adjustment,
-        changes=tuple(run.changes),
-        optimizer=arguments.optim.value,
-        train_batch=arguments.per_device_train_batch_size // run.cards,
-        accumulation_steps=arguments.gradient_accumulation_steps,
-        eval_batch=arguments.per_device_eval_batch_size,
-        gradient_checkpointing=arguments.activation_checkpointing if recomputes is None else recomputes,
-        threads=torch.get_num_threads(),
-    )
+    return {
+        "steps": recorder.steps,
+        "resumed_from_step": recorder.first_step or None,
+        "stopped_early_at_step": best.stopped_early,
+        "kept_step": best.kept_step,
+        "epochs": asked.num_train_epochs,
+        "seconds": recorder.seconds,
+        "tokens": recorder.tokens,
+        "tokens_per_second": recorder.tokens_per_second,
+        "peak_memory_bytes": peaks.reserved,
+        "peak_memory_kind": run.gauge.kind + measured_on,
+        "peak_allocated_bytes": peaks.allocated,
+        "peak_process_bytes": peaks.process,
+        "vram_planned": order.vram_planned,
+        "vram_reserved": order.vram_reserved,
+        "learning_rate": asked.learning_rate,
+        "optim": arguments.optim.value,
+        "per_device_train_batch_size": arguments.per_device_train_batch_size // run.cards,
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
+        "per_device_eval_batch_size": arguments.per_device_eval_batch_size,
+        "adjustment": run.adjustment.as_json(),
+        "changes": run.changes,
+        "asked": {
+            "per_device_train_batch_size": asked.per_device_train_batch_size,
+            "gradient_accumulation_steps": asked.gradient_accumulation_steps,
+            "gradient_checkpointing": asked.gradient_checkpointing,
+            "per_device_eval_batch_size": order.spec.evaluation.per_device_eval_batch_size,
+        },
+        "gradient_checkpointing": arguments.activation_checkpointing if recomputes is None else recomputes,
+        "precision": str(learner.precision.base).removeprefix("torch."),
+        "device": order.device,
+        "threads": torch.get_num_threads(),
+        "cards": run.cards,
+        "parallel": order.parallel.value,
+        "losses": recorder.train_losses,
+        "eval_losses": recorder.eval_losses,
+    }

@@ -16,7 +16,7 @@ from loractl.worker.base.box_cache import BoxCache
 from loractl.worker.base.model import Learner, measuring
 from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.pairs import Scores, row_key
+from loractl.worker.engine.pairs import PairReference, Scores, row_key
 from loractl.worker.evaluation.row_losses import score_rows
 
 _FORM = np.dtype([("key", "V16"), ("scores", "<f8", 2)])
@@ -65,19 +65,19 @@ class KeptScores:
         cache.write(cache.key(self.question()), np.array(sorted(known.items()), _FORM).tobytes())
 
 
-class FrozenReference:
+class FrozenReference(PairReference):
     """What a report calls base: the bare base, or the adapter with its first weights.
 
     A row is scored once, just before it is first learned from. `kept`: None: no other job's scores are used.
     """
 
     def __init__(self, learner: Learner, kept: KeptScores | None = None) -> None:
+        super().__init__({})
         self._learner, self._kept = learner, kept
-        self._known: Scores = {}
         self._earlier: int | None = None  # pairs that an earlier job has scored; None: not looked yet
 
     def meet(self, rows: Sequence[TokenRow]) -> None:
-        new = {key: row for row in rows if (key := row_key(row)) not in self._known}
+        new = {key: row for row in rows if (key := row_key(row)) not in self.known}
         if not new:
             return
         texts = [form_of(DataFormat.PREFERENCE).texts(row) for row in new.values()]
@@ -86,14 +86,14 @@ class FrozenReference:
         sums = list[float]()
         with random_streams_kept():
             measuring(self._learner, lambda: sums.extend(itertools.chain(*map(self._scored, groups))), base=True)
-        self._known.update(dict(zip(new, zip(sums[::2], sums[1::2], strict=True), strict=True)))
+        self.known.update(dict(zip(new, zip(sums[::2], sums[1::2], strict=True), strict=True)))
         if self._kept is not None and self._earlier is None:
-            earlier = self._kept.like(self._known, [*new.values()])
-            self._known, self._earlier = earlier | self._known, len(earlier)
+            earlier = self._kept.like(self.known, [*new.values()])
+            self.known, self._earlier = earlier | self.known, len(earlier)
 
     def forget(self) -> None:
         """Score all pairs again, since they come in other micro-batches from now on."""
-        self._known, self._earlier = {}, None
+        self.known, self._earlier = {}, None
 
     def _scored(self, texts: Sequence[TokenRow]) -> list[float]:
         model, tokenizer, scorer = self._learner.model, self._learner.tokenizer, self._learner.scorer
@@ -101,10 +101,7 @@ class FrozenReference:
         summed: list[float] = (-scores.loss).tolist()
         return summed
 
-    def of(self, row: TokenRow) -> tuple[float, float]:
-        return self._known[row_key(row)]
-
     def leave(self) -> None:
         """Leave the scores to later jobs, once the training is over."""
-        if self._kept is not None and len(self._known) > (self._earlier or 0):
-            self._kept.leave(self._known)
+        if self._kept is not None and len(self.known) > (self._earlier or 0):
+            self._kept.leave(self.known)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from loractl.common.data.examples import Example, Examples
 from loractl.common.data.findings import number_rows
@@ -15,14 +15,19 @@ from loractl.common.errors import DataError
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.data.check import findings_about
-from loractl.worker.data.prepared import FinalRows, PreparedData, packed, prepare_data, prepare_regression, rows_taught
+from loractl.worker.data.prepared import (
+    MeasuredRows,
+    PreparedData,
+    packed,
+    prepare_data,
+    prepare_regression,
+    rows_taught,
+)
 from loractl.worker.data.row_forms import with_prompts
 from loractl.worker.protocol.messages import Start, Taught
 
 BEFORE_ALONE = "resemble rows that the adapter before it was trained on"
 BEFORE = "resemble rows that it, or the adapter before it, was trained on"
-
-Side = TypeVar("Side", PreparedData, FinalRows)
 
 
 def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
@@ -43,15 +48,17 @@ def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
         data = replace(data, regression=other, commits=data.commits | ({"regression": commit} if commit else {}))
     if spec.preference.learns_prompts:
         data = replace(data, train=replace(data.train, rows=with_prompts(data.train.rows)))
-    leaks, of_final = Leaks(data.held_out_examples), Leaks.of_final(None if data.final is None else data.final.examples)
-    giveaway = Giveaway(len(data.train_examples), data.held_out_examples)
+    held_out, final = data.held_out, data.final
+    leaks, of_final = Leaks(held_out.examples), Leaks.of_final(None if final is None else final.examples)
+    giveaway = Giveaway(len(data.train_examples), held_out.examples)
     found = findings_about(spec, data, tokenizer, leaks, of_final, giveaway)
     warnings = tuple(finding.sentence for finding in found if finding.level == "warning")
-    if data.final is not None and of_final is not None:
-        data = replace(data, final=replace(data.final, **_told(of_final), **_form_of(data)))
+    if final is not None and of_final is not None:
+        final = replace(final, **_told(of_final), **_form_of(data.train_examples, final))
     told = _told(leaks)
     told["leaks"] += tuple(finding.text for finding in found if finding.kind in READ_OFF)
-    data = replace(data, warnings=warnings, read_off=giveaway.read_off, rule=giveaway.rule, **told)
+    held_out = replace(held_out, read_off=giveaway.read_off, rule=giveaway.rule, **told)
+    data = replace(data, warnings=warnings, held_out=held_out, final=final)
     if order.init_from is not None:
         data = _after(data, order.init_from.taught)
     return packed(data, spec)
@@ -75,8 +82,8 @@ def _after(data: PreparedData, lessons: Sequence[Taught]) -> PreparedData:
     unknown = [f"what job {job} was trained on, before this one, is not known" for job in lost]
     warnings = list(data.warnings) + unknown
 
-    def knowing(side: Side, examples: Sequence[Example], called: str) -> Side:
-        look = Leaks(examples)
+    def knowing(side: MeasuredRows, called: str) -> MeasuredRows:
+        look = Leaks(side.examples)
         for some in rows:
             look.see_all(some)
         text = f"{{n}} {called} {{is|are}} like rows that job {jobs} was trained on, before this one"
@@ -90,16 +97,15 @@ def _after(data: PreparedData, lessons: Sequence[Taught]) -> PreparedData:
             resemble=(BEFORE if side.given_away else BEFORE_ALONE) if known else side.resemble,
         )
 
-    data = knowing(data, data.held_out_examples, "held out")
-    if data.final is not None:
-        data = replace(data, final=knowing(data.final, data.final.examples, "of the final ones"))
-    return replace(data, warnings=tuple(warnings))
+    held_out = knowing(data.held_out, "held out")
+    final = None if data.final is None else knowing(data.final, "of the final ones")
+    return replace(data, held_out=held_out, final=final, warnings=tuple(warnings))
 
 
-def _form_of(data: PreparedData) -> dict[str, Any]:
+def _form_of(train: Sequence[Example], final: MeasuredRows) -> dict[str, Any]:
     """How the answers of the final rows can be told, as Giveaway has it for the held-out ones."""
-    look = Giveaway(len(data.train_examples), data.final.examples if data.final else (), "of the final file")
-    for example in data.train_examples:
+    look = Giveaway(len(train), final.examples, "of the final file")
+    for example in train:
         look.see(example)
     list(look.findings())
     return {"read_off": look.read_off, "rule": look.rule}

@@ -7,12 +7,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from loractl.common.job.adjustment import Adjustment, adjusted, in_words
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Stage
-from loractl.worker.base.gauge import Gauge, hold_to, limit_to
+from loractl.worker.base.gauge import Gauge
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import Adjusted, Again, GoingOn, Note, StageChanged, Start, Told
 
@@ -90,10 +90,6 @@ class Run:
         self.adjustment = adjustment
         self.tell(Adjusted(job_id=self.order.job_id, adjustment=adjustment))
 
-    def adjust_evaluation(self, batch: int) -> None:
-        """Evaluate fewer rows at once."""
-        self.adjust(replace(self.adjustment, eval_batch=batch))
-
     def check_stop(self) -> None:
         """Call it repeatedly in long work. Raises Stopped."""
         if self.stop.came.is_set():
@@ -105,11 +101,3 @@ class Run:
         if (now := time.monotonic()) >= self._signed + SIGN_S:
             self._signed = now
             self.tell(GoingOn(job_id=self.order.job_id))
-
-    def hold_to(self, limit: int | None) -> None:
-        """Let the process take this much; called before it computes. None: no limit."""
-        hold_to(limit, self.order.device, self.order.gpu)
-
-    def lower_to(self, limit: int | None) -> None:
-        """Leave the rest of the allowance to other jobs."""
-        limit_to(limit, self.order.device, self.order.gpu)

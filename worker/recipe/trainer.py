@@ -66,6 +66,7 @@ def _run(order: Start, stop: StopOrder, tell: Tell) -> Ended | Again:
 def _trained(order: Start, stop: StopOrder, tell: Tell) -> Ended | Again:
     """Every way to fail becomes a reason and a sentence, with the traceback in the log."""
     from loractl.worker.base.failure import TrainingFailed, explain
+    from loractl.worker.base.gauge import hold_to
     from loractl.worker.engine.ranks.link import is_lost
 
     from .gang import follow
@@ -78,7 +79,7 @@ def _trained(order: Start, stop: StopOrder, tell: Tell) -> Ended | Again:
         return Ended(job_id=order.job_id, reason=reason, message=message, peaks=run.gauge.look())
 
     try:
-        run.hold_to(order.memory_limit)
+        hold_to(order.memory_limit, order.device, order.gpu)
         return train(run) if order.rank == 0 else follow(run)
     except Stopped:
         return ended(Reason.DRAINED if stop.saves.is_set() else Reason.CANCELLED, "stopped when asked to")

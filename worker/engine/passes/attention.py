@@ -57,7 +57,7 @@ def attend(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (_as_autocast(states).squeeze(0).transpose(0, 1) for states in (query, key, value))
+    q, k, v = (states.to(kind_of(states)).squeeze(0).transpose(0, 1) for states in (query, key, value))
     before = -1 if window is None or window >= longest else window - 1
     sides = {"window_size": (before, 0), "enable_gqa": True}
     answer = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scaling, **sides)
@@ -67,10 +67,6 @@ def attend(
 
 def borders_of(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-
-
-def _as_autocast(states: torch.Tensor) -> torch.Tensor:
-    return states.to(kind_of(states))
 
 
 @functools.cache
@@ -231,13 +227,8 @@ class RowAttention:
         self.by_row: str | None = None  # why several went one by one, on a card
         self.called = False  # by the model's code in the current pass
 
-    @property
-    def lengths(self) -> list[int]:
-        """The lengths of the rows of the current pass."""
-        return self._lengths
-
-    @lengths.setter
-    def lengths(self, lengths: list[int]) -> None:
+    def begin(self, lengths: list[int]) -> None:
+        """Rows of these lengths are in the passes from now on."""
         self._lengths, self._borders, self.by_row, self.called = lengths, None, None, False
 
     def __call__(
@@ -247,12 +238,12 @@ class RowAttention:
         window = how.get("sliding_window")
         if self._at_once(query, key, value, window, how):
             if self._borders is None:
-                self._borders = borders_of(self.lengths, query.device)
-            longest = max(self.lengths)
+                self._borders = borders_of(self._lengths, query.device)
+            longest = max(self._lengths)
             return attend(query, key, value, self._borders, longest, how.get("scaling"), window), None
         short = self._short(query, key, value, window, how)
         # row by row: a row's computation does not depend on another row, which may be another training's
-        runs = [(few, list(run)) for few, run in itertools.groupby(self.lengths, lambda length: length <= short)]
+        runs = [(few, list(run)) for few, run in itertools.groupby(self._lengths, lambda length: length <= short)]
         parts = [(query, key, value)] if len(runs) == 1 else _split((query, key, value), [sum(run) for _, run in runs])
         answers = [
             ShortRows.apply(*states, tuple(run), how["scaling"]) if few else self._by_kernel(module, states, run, how)
@@ -271,7 +262,7 @@ class RowAttention:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict[str, Any]
     ) -> bool:
         """Whether one kernel computes all rows, like the fused kernel that each would have gone through."""
-        if query.device.type not in PLACES or len(self.lengths) == 1:
+        if query.device.type not in PLACES or len(self._lengths) == 1:
             return False
         why = self._why_no_kernel(query, key, value, window, how)
         self.by_row = self.by_row or why
@@ -286,7 +277,7 @@ class RowAttention:
             return "the model's keys and values differ in width"
         if how.get("dropout") or how.get("position_bias") is not None:
             return "the model's attention has dropout or a bias for positions"
-        narrow = window is not None and window < max(self.lengths)
+        narrow = window is not None and window < max(self._lengths)
         return why_no_kernel(query.device, kind_of(query), query.shape[-1], narrow)
 
     def _short(
@@ -359,7 +350,7 @@ class RowLayout:
             yield
             return
         ALL_ATTENTION_FUNCTIONS.register(NAME, self._attention)
-        self._attention.lengths = lengths
+        self._attention.begin(lengths)
         before = [config._attn_implementation for config in self._configs]
         for config in self._configs:
             config._attn_implementation = NAME

@@ -144,7 +144,7 @@ def rows_together(lean: LeanPass, longest: int, tolerance: float | None = None) 
     with evaluating(lean.model), torch.no_grad(), wide.narrow():
         rows = _some_rows(_lengths(lean, longest), lean.model.get_input_embeddings().weight.shape[0])
         try:
-            together, apart = lean.last_logits(rows, COMPARED), lean.tells_apart
+            together, apart = lean.last_logits(rows, COMPARED), lean.layout.tells_apart
             single = [lean.last_logits([row], COMPARED)[0] for row in rows]
             alone = [lean.last_logits_alone(row, COMPARED) for row in rows]
         except Exception as error:

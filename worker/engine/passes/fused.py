@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from loractl.worker.base.arithmetic import Precision
+from loractl.worker.base.shared_heads import kind_of
 
 from . import wide
 from .card_kernels import is_on_card, row_norms
@@ -91,15 +92,11 @@ class FusedLayers:
                 self._head, product.rounds = product, False
 
     def _take(self, path: str, module: Any, frozen: FrozenProduct, layer: Any) -> AdaptedProduct:
-        product = AdaptedProduct(frozen, layer, self._in_block.setdefault(_block_of(path), []), self._casts)
+        block = re.match(r".*?\.\d+(?=\.)", path)  # the path of the layer's block; a layer in none is its own
+        others = self._in_block.setdefault(path if block is None else block.group(), [])
+        product = AdaptedProduct(frozen, layer, others, self._casts)
         self._forwards.append((module, product))
         return product
-
-
-def _block_of(path: str) -> str:
-    """The path of a layer's block, or its own path if it is in none."""
-    block = re.match(r".*?\.\d+(?=\.)", path)
-    return path if block is None else block.group()
 
 
 ADAPTER = "default"
@@ -153,7 +150,7 @@ class AdaptedProduct:
         return self._layer.lora_A[ADAPTER].weight, self._layer.lora_B[ADAPTER].weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1]).to(kind := _compute_type(x))
+        flat = x.reshape(-1, x.shape[-1]).to(kind := kind_of(x))
         casts = self._casts.take(self._block, kind) if is_on_card(x) else {}
         factors = self.factors
         part = _AdapterPart.of(self._layer) if factors else None
@@ -297,11 +294,6 @@ def _dropped(x: torch.Tensor, mask: torch.Tensor, dropout: float) -> torch.Tenso
     if mask.dtype is torch.bool:  # the kernel that also scales
         return torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - dropout))
     return x * mask
-
-
-def _compute_type(x: torch.Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class FrozenProduct:

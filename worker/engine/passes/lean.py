@@ -28,7 +28,7 @@ from loractl.worker.engine.loss import (
     Backward,
     BentLoss,
     CrossEntropy,
-    LabelLoss,
+    ForwardPass,
     LearnedTokens,
     Loss,
     MicroBatch,
@@ -101,19 +101,19 @@ class HeadLoss:
         return proxy.grad / self.count
 
 
-class LeanPass:
+class LeanPass(ForwardPass):
     """Losses and gradients of an adapted model without wasted work."""
 
     def __init__(self, model: Any, precision: Precision, *, loss: Loss = UNSMOOTHED, fuses: bool = True) -> None:
         """`fuses`: whether products may be computed in the engine's own way; not where cards divide a base."""
-        assert not isinstance(loss, LabelLoss), "a classifier's rows are padded"
+        assert isinstance(loss, (CrossEntropy, BentLoss)), "a classifier's rows are padded"
         self.model = model
         self.device: torch.device = model.device
         self.loss: TokenLoss = loss
         self._precision = precision
         self._words = model.get_base_model()
         self._decoder = self._words.base_model
-        self._layout = RowLayout(self._words)
+        self.layout = RowLayout(self._words)
         self._rotary = Rotary(self._words)
         self._kind: Any = None  # of the decoder's output
         self._adapters = [m for m in self._words.modules() if hasattr(m, "cast_input_dtype_enabled")]
@@ -121,10 +121,6 @@ class LeanPass:
         if fuses:
             with contextlib.suppress(NotFused):
                 self._fused = FusedLayers(model, precision)
-
-    def recompute_blocks(self, every: int = 1) -> None:
-        """Hold the activations of each block (1), or of every second one (2), only in the backward pass."""
-        self.model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients, added to existing ones. Returns its share of the window's mean loss, in
@@ -151,8 +147,6 @@ class LeanPass:
                 hidden.backward(torch.zeros_like(hidden))
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
-        """The loss of one batch of held-out rows, not smoothed and summed over what it counts, for a model in eval
-        mode."""
         losses = [scored.losses for scored in self.scores(rows)]
         if isinstance(self.loss, BentLoss) and losses:
             return float(self.loss.summed(-torch.cat(losses), LearnedTokens.of(rows, self.device)))
@@ -189,18 +183,7 @@ class LeanPass:
         """Whether products are computed in the engine's own way."""
         return self._fused is not None
 
-    @property
-    def by_row(self) -> str | None:
-        """Why, on a card, several rows went through attention one by one in the last pass; None: they did not."""
-        return self._layout.by_row
-
-    @property
-    def tells_apart(self) -> bool:
-        """Whether attention told rows apart in the last pass."""
-        return self._layout.tells_apart
-
     def tokens(self, rows: Sequence[TokenRow]) -> int:
-        """Tokens that pass the model."""
         return sum(len(row.input_ids) for row in rows)
 
     @contextlib.contextmanager
@@ -211,7 +194,7 @@ class LeanPass:
             layer.cast_input_dtype_enabled = False
         layers = contextlib.nullcontext() if fused is None else fused.taken_over()
         try:
-            with self._layout.of(laid.lengths), self._rotary.taken_over(), layers:
+            with self.layout.of(laid.lengths), self._rotary.taken_over(), layers:
                 yield
         finally:
             for layer in self._adapters:

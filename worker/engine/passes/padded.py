@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import evaluating
@@ -19,6 +20,7 @@ from loractl.worker.engine.loss import (
     Backward,
     BentLoss,
     CrossEntropy,
+    ForwardPass,
     LabelLoss,
     LearnedTokens,
     Loss,
@@ -29,7 +31,7 @@ from loractl.worker.engine.loss import (
 from .attention import BY_POSITION
 
 
-class PaddedPass:
+class PaddedPass(ForwardPass):
     """Losses of a model, equal bit for bit to those of transformers' Trainer."""
 
     def __init__(
@@ -53,12 +55,7 @@ class PaddedPass:
         self._routed = getattr(text, "output_router_logits", False)
         self._by_position = text._attn_implementation in BY_POSITION
 
-    def recompute_blocks(self, every: int = 1) -> None:
-        """Hold the activations of each block (1), or of every second one (2), only in the backward pass."""
-        self.model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
-
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
-        """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
         with noisy_embeddings(self.model, self._noise):
             if isinstance(self.loss, BentLoss):
                 loss = self.loss.share(*self._log_probabilities(self._learner, batch.rows), batch)
@@ -70,8 +67,7 @@ class PaddedPass:
         return loss.detach()
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
-        """The loss of one batch of held-out rows, not smoothed and summed over what it counts, for a model in eval
-        mode. Without the part for its router that a model may add: the report's has none."""
+        # without the part for its router that a model may add: the report's has none
         alone = {"output_router_logits": False} if self._routed else {}
         with torch.no_grad():
             if isinstance(self.loss, BentLoss):
@@ -183,13 +179,9 @@ def noisy_embeddings(model: Any, alpha: float | None) -> Iterator[None]:
         yield
         return
 
-    def add(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        if not module.training:
-            return output
-        most = alpha / torch.sqrt(torch.tensor(output.size(1) * output.size(2)))
-        return output + torch.zeros_like(output).uniform_(-most, most)
-
-    hook = model.get_base_model().get_input_embeddings().register_forward_hook(add)
+    embeddings = model.get_base_model().get_input_embeddings()
+    embeddings.neftune_noise_alpha = alpha
+    hook = embeddings.register_forward_hook(neftune_post_forward_hook)
     try:
         yield
     finally:

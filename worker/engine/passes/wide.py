@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import platform
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from loractl.worker.base.processor import has_bf16, has_tiles, is_intel, is_x86
+from loractl.worker.allowance import cpuinfo
+from loractl.worker.base.processor import has_bf16, has_tiles
 
 
 class Scratch:
@@ -50,9 +52,9 @@ def multiplies_wide() -> bool:
     that rate (82 GFLOPS against 154 on a core); its tiles (AMX), which virtual machines may hide, and AMD's AVX512 are
     faster in bf16. Decided by kind, not by timing: a job resumed on a similar machine must compute the same bits.
     """
-    if not is_x86() or has_tiles():
+    if platform.machine() not in ("x86_64", "AMD64") or has_tiles():
         return False
-    return is_intel() or not has_bf16()
+    return "GenuineIntel" in cpuinfo("vendor_id") or not has_bf16()
 
 
 _narrow = False

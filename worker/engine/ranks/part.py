@@ -18,7 +18,7 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import in_a_sentence, is_out_of_memory, release
 from loractl.worker.base.model import ScoredTokens
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loss import Backward, BentLoss, MicroBatch
+from loractl.worker.engine.loss import Backward, ForwardPass, MicroBatch
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.engine.saved_state import read_streams
@@ -170,37 +170,31 @@ class Follower:
             case "learn":
                 batch = order["batch"]
                 rows = self._taken(self._own, batch.pop("rows"), order["known"])
-                self._learn(self._part, order["noise"], MicroBatch(rows=rows, **batch))
+                torch.manual_seed(order["noise"] + self._link.rank)
+                with self._in_step():
+                    micro_batch = MicroBatch(rows=rows, **batch)
+                    self._part.learn(micro_batch, lambda loss: torch.autograd.backward(loss * self._scale))
             case "score":
                 rows = self._taken(self._own, order["rows"], order["known"])
-                self._score(self._part, rows, spread=order["spread"])
+                if order["spread"]:
+                    self._part.take_weights()
+                with evaluating(self._model), self._in_step():
+                    self._part.held_out_loss(rows)
             case other:
                 raise ValueError(f"the leader orders {other!r}, which no follower knows")
 
     def _taken(self, own: OwnPass, told: list[dict[str, Any]], known: list[Any]) -> list[TokenRow]:
         """The rows of an order; the loss gets what the leader's knows about them."""
         rows = [TokenRow(**row) for row in told]
-        if isinstance(own.loss, BentLoss):
-            own.loss.take(rows, known)
+        own.loss.take(rows, known)
         return rows
-
-    def _learn(self, part: Part, noise: int, batch: MicroBatch) -> None:
-        torch.manual_seed(noise + self._link.rank)
-        with self._in_step():
-            part.learn(batch, lambda loss: torch.autograd.backward(loss * self._scale))
-
-    def _score(self, part: Part, rows: list[TokenRow], *, spread: bool) -> None:
-        if spread:
-            part.take_weights()
-        with evaluating(self._model), self._in_step():
-            part.held_out_loss(rows)
 
     def _in_step(self) -> contextlib.AbstractContextManager[Any]:
         """For work that all ranks do at once."""
         return contextlib.nullcontext() if self._shards is None else self._shards.together()
 
 
-class DividedPass:
+class DividedPass(ForwardPass):
     """A forward pass over several ranks. Only the leader has it: the others know neither the row order nor the
     optimizer."""
 
@@ -223,7 +217,6 @@ class DividedPass:
         self._spread = False  # whether all ranks have the leader's weights
 
     def recompute_blocks(self, every: int = 1) -> None:
-        """Hold the activations of each block (1), or of every second one (2), only in the backward pass."""
         self.link.order("recompute", every=every)
         self.own.recompute_blocks(every)
 
@@ -234,22 +227,19 @@ class DividedPass:
             self.link.order("window", scale=self._scale(backward))
             self._part.begin_window()
         self._spread = batch.number < batch.pieces - 1  # a step follows the last one
-        known = self._known(batch.rows)
+        known = self.loss.known(batch.rows)
         self.link.order("learn", noise=self._noise(), batch=asdict(batch), known=known)
         return self._together(lambda: self._part.learn(batch, backward))
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
-        """The loss of one batch of held-out rows, not smoothed and summed over what it counts, for a model in eval
-        mode."""
         told = [asdict(row) for row in rows]
-        self.link.order("score", rows=told, known=self._known(rows), spread=not self._spread)
+        self.link.order("score", rows=told, known=self.loss.known(rows), spread=not self._spread)
         if not self._spread:
             self._part.take_weights()
             self._spread = True
         return self._together(lambda: self._part.held_out_loss(rows))
 
     def tokens(self, rows: Sequence[TokenRow]) -> int:
-        """Tokens that pass the model."""
         return self.own.tokens(rows)
 
     def scores(self, rows: Sequence[TokenRow]) -> list[ScoredTokens]:
@@ -261,10 +251,6 @@ class DividedPass:
         """Let the others end."""
         self.link.order("end")
         self.link.close()
-
-    def _known(self, rows: Sequence[TokenRow]) -> list[Any]:
-        """What the others' losses can't find out themselves."""
-        return self.loss.known(rows) if isinstance(self.loss, BentLoss) else []
 
     def _together(self, work: Callable[[], Answer]) -> Answer:
         """Work that all ranks do at once. Raises torch.OutOfMemoryError if a smaller batch may follow in this process,

@@ -36,8 +36,9 @@ class Shards:
         self._alone = False  # a pass of the leader alone has begun and not ended
         self._blocks: list[Any] = []
 
-    def divide(self, model: Any) -> None:
-        """Keep this rank's part of a model, moving it from the box's memory to the device block by block."""
+    def divide(self, model: Any) -> Any:
+        """Keep this rank's part of a model, moving it from the box's memory to the device block by block. Returns the
+        model."""
         from torch.distributed.fsdp import fully_shard
 
         link, mesh, decoder = self._link, self._mesh, model.get_base_model().base_model
@@ -60,6 +61,7 @@ class Shards:
         # does.
         for number, block in enumerate(self._blocks):
             block.set_modules_to_backward_prefetch([self._blocks[max(0, number - 1)]])  # the first: itself, so nothing
+        return model
 
     def begin(self, model: Any) -> None:
         """After all ranks have divided it: a first pass, in which torch finds its blocks."""

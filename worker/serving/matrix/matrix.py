@@ -22,13 +22,12 @@ from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import positions_of
-from loractl.worker.data.prepared import PreparedData, prepare_data, rows_taught
+from loractl.worker.data.prepared import MeasuredRows, PreparedData, prepare_data, rows_taught
 from loractl.worker.data.prompt import templated
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.token_set import TokenSet, fit_examples
 from loractl.worker.evaluation.answers import rouge
-from loractl.worker.evaluation.comparison import Array, Compared, Measure, percent
-from loractl.worker.evaluation.confusion import Labels
+from loractl.worker.evaluation.comparison import Array, Compared, Labels, Measure, percent
 from loractl.worker.evaluation.evaluation import Work
 from loractl.worker.evaluation.row_losses import by_example, generate, score_rows
 from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice, open_pool
@@ -335,15 +334,15 @@ def task_from_file(name: str, path: Path, pool: AdapterPool, asked: EvaluationSp
     dataset = DatasetSpec(path=str(path), on_overflow=Overflow.TRUNCATE)
     tokens = fit_examples(examples, str(path), dataset, pool.tokenizer, format)
     data = PreparedData(
-        format=format, why=why, train=TokenSet(rows=TokenRows.of(()), truncated=0, too_long=0), held_out=tokens,
-        train_examples=examples, held_out_examples=examples, dropped=[], overlap=0, sha256=None,
+        format=format, why=why, train=TokenSet(rows=TokenRows.of(()), truncated=0, too_long=0), train_examples=examples,
+        held_out=MeasuredRows(tokens=tokens, examples=examples), dropped=[], sha256=None,
     )  # fmt: skip
     spec = JobSpec(name="matrix", base_model="matrix", method=Method.LORA, dataset=dataset, evaluation=asked)
     return _task(name, data, spec, pool.tokenizer, pool.model)
 
 
 def _task(name: str, data: PreparedData, spec: JobSpec, tokenizer: Any, model: Any) -> Task:
-    used = data.held_out_examples[: spec.evaluation.max_rows]
+    used = data.held_out.examples[: spec.evaluation.max_rows]
     work = Work.of(data, spec, tokenizer, positions_of(model))
     return Task(name=name, work=work, likenesses=tuple(e.likeness() for e in used))
 
