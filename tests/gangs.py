@@ -85,6 +85,7 @@ def _be(order: Start, sender: Any, watch: Watch) -> None:
     """One rank, in its own process."""
     import torch
 
+    from loractl.worker.base.gauge import hold_to
     from loractl.worker.recipe.gang import follow
     from loractl.worker.recipe.recipe import train
 
@@ -98,7 +99,7 @@ def _be(order: Start, sender: Any, watch: Watch) -> None:
 
     run.tell = tell
     try:
-        run.hold_to(order.memory_limit)
+        hold_to(order.memory_limit, order.device, order.gpu)
         ended: Ended = train(run) if order.rank == 0 else follow(run)
         end = ended.reason.value
     except Stopped:

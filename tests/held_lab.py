@@ -39,8 +39,7 @@ from loractl.common.units import GIB
 from loractl.scheduler.cli.main import cli
 from loractl.scheduler.submit.data import store_data
 from loractl.scheduler.submit.need import own_devices, plan_job
-from loractl.worker.attempt.storage.client import CallWatch, StoreClient
-from loractl.worker.attempt.storage.service import carry_out
+from loractl.worker.attempt.storage.client import CallWatch, StoreClient, carry_out
 from loractl.worker.attempt.workplace import Drain, Wish, Workplace
 from loractl.worker.device.devices import Device, find_devices
 from loractl.worker.device.snapshot import Process, Snapshot

@@ -16,8 +16,8 @@ from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.worker.clock import SYSTEM, NodeClock
 
-from .patience import away
 from .storage.client import REMOVAL, StoreClient
+from .workplace import away
 
 log = logging.getLogger("loractl.worker")
 

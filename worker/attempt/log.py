@@ -126,8 +126,8 @@ def opened(path: Path) -> Iterator[IO[str]]:
             file.close()
 
 
-def append_line(path: Path, line: str, limit: int = FILE_LIMIT) -> None:
+def append_line(path: Path, line: str) -> None:
     """Add a line to a log's file into which no trainer writes now, unless it is full. Raises OSError."""
     with path.open("a", encoding="utf-8") as file:
-        if file.tell() + len(line) <= limit:
+        if file.tell() + len(line) <= FILE_LIMIT:
             file.write(line)

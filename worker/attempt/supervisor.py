@@ -33,12 +33,11 @@ from loractl.worker.protocol.trust import Refused
 
 from .attempt import SupervisedAttempt
 from .order import prepare
-from .patience import Patience, away
 from .result import READY, clean, mark_ready, store_result, take_ready
 from .stops import Interrupted, while_beating
 from .storage.client import CallWatch
 from .trainer_run import train
-from .workplace import Workplace
+from .workplace import Patience, Workplace, away
 
 log = logging.getLogger("loractl.worker")
 Answer = TypeVar("Answer")

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import IO, Protocol
+import time
+from typing import IO
 
 from loractl.common.text import without_passwords
 from loractl.worker.device.occupancy import end_leftovers
@@ -20,27 +21,37 @@ from .log import CHUNK, LogBook, LogFile
 log = logging.getLogger("loractl.worker")
 
 
-class ChildProcess(Protocol):
-    """A trainer's process: a subprocess.Popen, or a fork of the node's fork server."""
+class ForkedTrainer:
+    """A trainer that the fork server has forked and the node has adopted, with the face of a subprocess.Popen."""
 
-    @property
-    def pid(self) -> int: ...
-    @property
-    def returncode(self) -> int | None: ...
-    @property
-    def stdin(self) -> IO[str] | None: ...
-    @property
-    def stdout(self) -> IO[str] | None: ...
-    @property
-    def stderr(self) -> IO[str] | None: ...
+    def __init__(self, pid: int, stdin: IO[str], stdout: IO[str], stderr: IO[str]) -> None:
+        self.pid, self.stdin, self.stdout, self.stderr = pid, stdin, stdout, stderr
+        self.returncode: int | None = None
+        self._waiting = threading.Lock()
 
     def poll(self) -> int | None:
         """Its exit status, negative for a signal; None while it runs."""
-        ...
+        with self._waiting:
+            if self.returncode is None:
+                try:
+                    pid, status = os.waitpid(self.pid, os.WNOHANG)
+                except ChildProcessError:  # `end_leftovers` has killed it and taken its status
+                    self.returncode = -signal.SIGKILL
+                else:
+                    self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """Raises subprocess.TimeoutExpired."""
-        ...
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"trainer {self.pid}", timeout or 0.0)
+            time.sleep(0.01)
+        return code
+
+
+ChildProcess = subprocess.Popen[str] | ForkedTrainer
 
 
 class TrainerProcess:

@@ -1,16 +1,21 @@
-"""What all attempts on one device share, the request to stop its jobs (after a checkpoint, or now) included."""
+"""What all attempts on one device share: its services and the patience with them, and the request to stop its jobs
+(after a checkpoint, or now)."""
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
-from loractl.common.errors import LoractlError, SchemaMismatch
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
+
+from loractl.common.errors import LoractlError, SchemaMismatch, ServiceUnreachable
 from loractl.common.queue.hints import wake_cards
 from loractl.common.settings import Settings
+from loractl.common.store.database import absence, outage
 from loractl.common.store.store import Store
 from loractl.worker.allowance import threads_of_trainer
 from loractl.worker.clock import SYSTEM, NodeClock
@@ -38,26 +43,13 @@ class Drain:
         self.asked: Wish | None = None  # what the worker wants, whatever people have ordered
         self.mismatch: SchemaMismatch | None = None  # why the tables can't be served any more, if that ends the worker
         self.ordered = False  # a person drains this device at once
-        self.alone = False  # this node ends by itself, or its worker ends it, while other nodes continue
+        self.alone = False  # the coming stop is only this node's: its worker starts another, and other nodes continue
 
     def ask(self, how: Wish) -> None:
         """The worker stops. A late first Ctrl-C must not undo the second one's "now"."""
         with self._lock:
             if self.asked is None or how == "now":
                 self.asked = how
-
-    def leave(self, mismatch: SchemaMismatch) -> None:
-        """The tables are another version's: this worker can't serve them any more."""
-        self.mismatch = mismatch
-        self.ask("checkpoint")
-
-    def end_alone(self) -> None:
-        """The coming stop is only this node's: its worker starts another, and the nodes of other cards continue."""
-        self.alone = True
-
-    def order(self, holds: bool) -> None:
-        """A person drains this device at once, or opens it for jobs again."""
-        self.ordered = holds
 
     @property
     def wish(self) -> Wish | None:
@@ -129,3 +121,46 @@ class Workplace:
             wake_cards(self.settings, nodes)
         except LoractlError as error:  # the queue is down, or may not be used
             log.warning("%s", error.sentence)
+
+
+Answer = TypeVar("Answer")
+
+
+def away(error: BaseException) -> str | None:
+    """Which service is down, as a sentence; None for an error that another try can't help."""
+    if isinstance(error, ServiceUnreachable):
+        return error.sentence
+    why = outage(error)
+    return None if why is None else absence(why)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long work is repeated. Seconds."""
+
+    first_s: float  # between the first two tries; doubles after each
+    most_s: float
+    total_s: float = math.inf
+    passing: Callable[[BaseException], str | None] = away
+    over: Callable[[], bool] = lambda: False  # whether the answer is no longer wanted
+    clock: NodeClock = SYSTEM
+
+    def repeat(self, work: Callable[[], Answer], tell: Callable[[str], None]) -> Answer:
+        """The answer of the first successful try; `tell` gets the error of each failed try.
+
+        Raises what the last try raised: an error that more tries can't help, or any error once the patience is over.
+        """
+        end = self.clock.now() + self.total_s
+        tries = Retrying(
+            retry=retry_if_exception(lambda error: self.passing(error) is not None),
+            wait=wait_exponential(multiplier=self.first_s, max=self.most_s),
+            stop=lambda state: self.over() or self.clock.now() + state.upcoming_sleep >= end,
+            before_sleep=lambda state: tell(self._met(state)),
+            sleep=self.clock.sleep,
+            reraise=True,
+        )
+        return tries(work)
+
+    def _met(self, state: RetryCallState) -> str:
+        error = state.outcome.exception() if state.outcome else None
+        return (error and self.passing(error)) or str(error)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import os
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from loractl.common.errors import LoractlError, UsageError
+from loractl.common.units import clock, duration, gib, parse_moment, seconds_of, size_of
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
@@ -92,8 +99,6 @@ def worker(
     Ctrl-C stops after a checkpoint and gives the jobs back; a second one stops at once. In a Slurm allocation, the
     worker stops before the allocation ends.
     """
-    from loractl.common.errors import LoractlError
-
     if sys.platform != "linux":
         raise LoractlError(
             f"loractl worker needs Linux, and this is {sys.platform}",
@@ -102,20 +107,15 @@ def worker(
     from loractl.worker.protocol.secrecy import hide_environment
 
     hide_environment()  # before the other imports, which take a second
-    import datetime as dt
-    import os
-
     from loractl.common.lab_store import open_lab_store
     from loractl.common.queue.hints import queue_away
     from loractl.common.queue.valkey import broker_url
     from loractl.common.settings import load_settings
     from loractl.common.store.database import connect, make_engine
     from loractl.common.store.store import Store
-    from loractl.common.units import clock, duration, gib, seconds_of, size_of
     from loractl.worker.allowance import allowed_cores, threads_of_trainer
     from loractl.worker.device.devices import find_devices, order_of_numbers
     from loractl.worker.node.box import Box
-    from loractl.worker.node.window import read_window
 
     if keep_warm is not None:
         _warn_of("keep_warm", "has no effect, since a trainer ends with its job")
@@ -153,12 +153,13 @@ def worker(
         click.echo(order, err=True)
     if (threads := threads_of_trainer(1)) < allowed_cores():
         click.echo(f"Threads of a trainer, by OMP_NUM_THREADS: at most {threads}.", err=True)
+    stops = None
     if window is not None:
-        grace_s = window.grace_s
+        stops, grace_s = window.stops, window.grace_s
         ends = f"{duration(grace_s)} before {clock(window.ends, now)} ({window.said_by})"
-        click.echo(f"Stops at {clock(window.stops, now)}, {ends}.", err=True)
+        click.echo(f"Stops at {clock(stops, now)}, {ends}.", err=True)
     click.echo("Ctrl-C saves a checkpoint and requeues running jobs.", err=True)
-    sys.exit(Box(settings, store, devices, options, window=window, grace_s=grace_s).run(drain_when_idle))
+    sys.exit(Box(settings, store, devices, options, stops=stops, grace_s=grace_s).run(drain_when_idle))
 
 
 def _require_store(artifacts: ArtifactStore) -> None:
@@ -183,9 +184,72 @@ def _warn_of(option: str, what: str) -> None:
 
 
 def _labels(pairs: tuple[str, ...]) -> dict[str, str]:
-    from loractl.common.errors import UsageError
-
     for pair in pairs:
         if "=" not in pair or not pair.isprintable():
             raise UsageError(f"--label {pair} is not of the form KEY=VALUE", "like --label nvlink=yes")
     return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
+
+
+GRACE_S = 180.0
+"""How long before its end a worker begins to stop by default: time for a step, its checkpoint and the upload."""
+
+END_VARIABLE = "SLURM_JOB_END_TIME"
+"""Slurm's variable: when the allocation ends, in seconds since 1970."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The time until which a worker may run."""
+
+    ends: dt.datetime  # it must have ended by then
+    said_by: str  # the option or variable that set the end
+    grace_s: float
+
+    @property
+    def stops(self) -> dt.datetime:
+        """When it begins to stop."""
+        return self.ends - dt.timedelta(seconds=self.grace_s)
+
+
+def read_window(
+    until: str | None, lasts_s: float | None, grace_s: float | None, environment: Mapping[str, str], now: dt.datetime
+) -> Window | None:
+    """The window with the earliest of all given ends; None: no end was given, so the worker stays. Raises UsageError.
+
+    `until`: a time or a duration; `lasts_s`: seconds from now.
+    """
+    ends: list[tuple[dt.datetime, str]] = []
+    if until is not None:
+        try:
+            ends.append((parse_moment(until, now), "--until"))
+        except ValueError as error:
+            raise UsageError(f"--until: {until!r} {error}", "like 18:00, 2026-12-24T18:00 or 4h") from None
+    if lasts_s is not None:
+        ends.append((now + dt.timedelta(seconds=lasts_s), "--for"))
+    if (text := environment.get(END_VARIABLE)) is not None:
+        ends.append((_slurm_end(text), END_VARIABLE))
+    if not ends:
+        return None
+    (end, said_by), grace_s = min(ends), GRACE_S if grace_s is None else grace_s
+    left_s = (end - now).total_seconds()
+    if left_s <= 0:
+        raise UsageError(f"{said_by}: that time has passed", _STALE if said_by == END_VARIABLE else None)
+    if left_s <= grace_s:
+        raise UsageError(
+            f"{said_by}: only {duration(left_s)} are left, but a stop may take {duration(grace_s)}",
+            "choose a later end or a shorter stop, like --grace 30s",
+        )
+    return Window(ends=end, said_by=said_by, grace_s=grace_s)
+
+
+_STALE = f"this shell was started in an allocation that has ended: unset {END_VARIABLE}"
+
+
+def _slurm_end(text: str) -> dt.datetime:
+    try:
+        return dt.datetime.fromtimestamp(int(text), dt.UTC)
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(
+            f"{END_VARIABLE} is not a time in seconds since 1970: {text[:40]!r}",
+            f"unset {END_VARIABLE}, and use --until",
+        ) from None

@@ -21,7 +21,7 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.message import EmailMessage
 from email.policy import SMTP
@@ -207,7 +207,9 @@ def send_mail(channel: Channel, due: OutboxMessage, deadline_s: float = DEADLINE
                 if parts.username is not None:
                     client.login(unquote(parts.username), unquote(parts.password or ""))
                 refused = client.send_message(message, channel.sender, list(channel.to))
-                return Delivery(sent=True, why=_partly(refused, len(channel.to)))
+                codes = {code for code, _ in refused.values()}  # some recipients get none though others do
+                partly = f"SMTP {max(codes)} for {len(refused)} of its {len(channel.to)} recipients" if refused else ""
+                return Delivery(sent=True, why=partly)
     except smtplib.SMTPResponseException as error:
         return Delivery(again=error.smtp_code < 500, why=f"SMTP {error.smtp_code}")
     except smtplib.SMTPRecipientsRefused as error:
@@ -221,12 +223,6 @@ def send_mail(channel: Channel, due: OutboxMessage, deadline_s: float = DEADLINE
         return Delivery(why="the server lacks what the channel asks for: STARTTLS or a login")
     except OSError as error:
         return broken(error)
-
-
-def _partly(refused: Mapping[str, tuple[int, bytes]], asked: int) -> str:
-    """A sentence if some recipients get none though others do; empty if all do."""
-    codes = {code for code, _ in refused.values()}
-    return f"SMTP {max(codes)} for {len(refused)} of its {asked} recipients" if refused else ""
 
 
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "TZ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from loractl.common.errors import UsageError
 from loractl.common.settings import Settings
@@ -14,36 +14,6 @@ from loractl.worker.allowance import allowed_cores, allowed_memory, machine_core
 
 from .nvidia import NvmlDevice, missing_card, nvidia_cards
 from .snapshot import Snapshot
-
-
-class Device(Protocol):
-    """One device."""
-
-    @property
-    def number(self) -> str:
-        """Its number on the box, like 0; a MIG slice's is like 0.1."""
-        ...
-
-    @property
-    def uuid(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> Literal["nvml", "cpu", "sim"]: ...
-    @property
-    def trains_on(self) -> Literal["cuda", "cpu"]: ...
-    @property
-    def total(self) -> int:
-        """Bytes."""
-        ...
-
-    def look(self) -> Snapshot:
-        """The device's state now."""
-        ...
-
-    def environment(self) -> dict[str, str]:
-        """Environment variables that show a trainer only this device."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +67,10 @@ class SimulatedDevice:
 
     def environment(self) -> dict[str, str]:
         return {"CUDA_VISIBLE_DEVICES": ""}
+
+
+Device = CpuDevice | SimulatedDevice | NvmlDevice
+"""`look` shows its state now; `environment` has variables that show a trainer only this device."""
 
 
 def find_devices(settings: Settings, only: str | None = None) -> list[Device]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import pynvml
+
 from .snapshot import Process, Snapshot
 
 Answer = TypeVar("Answer")
@@ -42,8 +44,6 @@ class NvmlDevice:
 
     def look(self) -> Snapshot:
         """The card's state now. NVML is restarted for a card that fails: it does not forget a lost card by itself."""
-        import pynvml
-
         if self.unread is not None:
             return Snapshot(free=0, fault=self.unread)
         try:
@@ -61,8 +61,6 @@ class NvmlDevice:
         return {"CUDA_VISIBLE_DEVICES": self.uuid if self.trains_on == "cuda" else ""}
 
     def _look(self) -> Snapshot:
-        import pynvml
-
         handle = _handle(self.uuid)
         whole = handle if self.part is None else pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
         return Snapshot(
@@ -76,8 +74,6 @@ class NvmlDevice:
 
 def nvidia_cards(*, on_cpu: bool = False) -> list[NvmlDevice]:
     """Every card and slice of this box, including unreadable ones; none only without NVML's library or a driver."""
-    import pynvml
-
     try:
         _start_nvml()
         cards = [card for index in range(pynvml.nvmlDeviceGetCount()) for card in _parts(index)]
@@ -103,8 +99,6 @@ def missing_card(number: str) -> NvmlDevice:
 
 def in_words(error: BaseException) -> str:
     """What is wrong with a card, or with the driver, and what to do."""
-    import pynvml
-
     known = {
         pynvml.NVMLError_GpuIsLost: "the driver has lost it: look for Xid in dmesg, then reset it or reboot the box",
         pynvml.NVMLError_ResetRequired: "it must be reset: nvidia-smi --gpu-reset, or reboot the box",
@@ -121,8 +115,6 @@ def in_words(error: BaseException) -> str:
 
 def _start_nvml() -> None:
     """Restart NVML: what it knew about the cards may have changed."""
-    import pynvml
-
     with contextlib.suppress(pynvml.NVMLError):
         pynvml.nvmlShutdown()
     pynvml.nvmlInit()
@@ -138,8 +130,6 @@ def _count_of_kernel() -> int:
 
 def _parts(index: int) -> list[NvmlDevice]:
     """A card as one device, or its slices."""
-    import pynvml
-
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         mode = _optional(lambda: pynvml.nvmlDeviceGetMigMode(handle))
@@ -153,16 +143,12 @@ def _parts(index: int) -> list[NvmlDevice]:
 
 
 def _slices(handle: Any) -> Iterator[tuple[int, Any]]:
-    import pynvml
-
     for part in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
         with contextlib.suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):
             yield part, pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, part)
 
 
 def _read(handle: Any, index: int, part: int | None) -> NvmlDevice:
-    import pynvml
-
     return NvmlDevice(
         index=index,
         part=part,
@@ -174,8 +160,6 @@ def _read(handle: Any, index: int, part: int | None) -> NvmlDevice:
 
 def _handle(uuid: str) -> Any:
     """The handle of a card or slice, even if another card is lost: NVML then finds no card by UUID."""
-    import pynvml
-
     try:
         return pynvml.nvmlDeviceGetHandleByUUID(uuid)
     except pynvml.NVMLError as error:
@@ -187,8 +171,6 @@ def _handle(uuid: str) -> Any:
 
 
 def _all_handles() -> Iterator[Any]:
-    import pynvml
-
     for index in range(pynvml.nvmlDeviceGetCount()):
         with contextlib.suppress(pynvml.NVMLError):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
@@ -198,8 +180,6 @@ def _all_handles() -> Iterator[Any]:
 
 def _closed_to_jobs(mode: int | None, uuid: str) -> str | None:
     """Why a card in this compute mode can't have jobs."""
-    import pynvml
-
     if mode in (None, pynvml.NVML_COMPUTEMODE_DEFAULT):
         return None
     what = "PROHIBITED" if mode == pynvml.NVML_COMPUTEMODE_PROHIBITED else "EXCLUSIVE_PROCESS"
@@ -207,16 +187,12 @@ def _closed_to_jobs(mode: int | None, uuid: str) -> str | None:
 
 
 def _processes(handle: Any) -> tuple[Process, ...]:
-    import pynvml
-
     running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     return tuple(Process(pid=p.pid, bytes=p.usedGpuMemory) for p in running)
 
 
 def _optional(query: Callable[[], Answer]) -> Answer | None:
     """None if a card does not answer a question: it is used anyway."""
-    import pynvml
-
     try:
         return query()
     except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission, pynvml.NVMLError_FunctionNotFound):

@@ -31,7 +31,6 @@ from .snapshot import Process, Snapshot
 class CardShare:
     """A process's share of a card. It lasts while the file is open."""
 
-    pid: int
     bytes: int
     file: IO[str]
     path: Path
@@ -53,7 +52,7 @@ def reserve(home: Path, uuid: str, size: int) -> CardShare:
     json.dump({"pid": os.getpid(), "bytes": size}, file)
     file.flush()
     aside.replace(path)  # it appears locked and complete; the lock belongs to the file, whatever its name
-    return CardShare(pid=os.getpid(), bytes=size, file=file, path=path)
+    return CardShare(bytes=size, file=file, path=path)
 
 
 def unused_reservations(home: Path, uuid: str, processes: Iterable[Process] | None, outside: int) -> int:
@@ -71,10 +70,7 @@ def unused_reservations(home: Path, uuid: str, processes: Iterable[Process] | No
 
 def reserved_by_process(home: Path, uuid: str) -> dict[int, int]:
     """pid -> bytes of the live processes."""
-    return dict(_living(home, uuid))
-
-
-def _living(home: Path, uuid: str) -> Iterator[tuple[int, int]]:
+    reserved: dict[int, int] = {}
     for path in _folder(home, uuid).glob("*.json"):
         try:
             with path.open(encoding="utf-8") as file:
@@ -82,11 +78,12 @@ def _living(home: Path, uuid: str) -> Iterator[tuple[int, int]]:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
                     kept = json.load(file)
-                    yield int(kept["pid"]), int(kept["bytes"])
+                    reserved[int(kept["pid"])] = int(kept["bytes"])
                 else:
                     path.unlink(missing_ok=True)  # its process has ended
         except FileNotFoundError:
             continue  # it ended in between
+    return reserved
 
 
 def _folder(home: Path, uuid: str) -> Path:

@@ -12,25 +12,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from loractl.common.errors import ExitCode, LoractlError, SchemaMismatch
+from loractl.common.job.status import Status
 from loractl.common.placement.cards import TimeLeft
 from loractl.common.placement.lines import served_classes
 from loractl.common.queue.valkey import broker_url, embedded_runs, stop_unused
-from loractl.worker.device.devices import find_device
+from loractl.common.settings import Settings
+from loractl.common.store.database import REFUSALS, told_by
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Node
+from loractl.worker.device.devices import Device, find_device
 
 from .lock import read_identity, served_by, unserved
-
-if TYPE_CHECKING:
-    from loractl.common.settings import Settings
-    from loractl.common.store.store import Store
-    from loractl.common.store.tables import Node
-    from loractl.worker.device.devices import Device
-
-    from .window import Window
 
 log = logging.getLogger("loractl.worker")
 
@@ -70,17 +67,17 @@ class Box:
         devices: list[Device],
         options: dict[str, Any],
         *,
-        window: Window | None = None,
+        stops: dt.datetime | None = None,
         grace_s: float | None = None,
     ) -> None:
-        """`window`: when it stops by itself; None: it stays. `grace_s`: how long a stop may take; None: no limit."""
+        """`stops`: when it begins to stop by itself; None: it stays. `grace_s`: how long that may take; None: any."""
         self._settings = settings
-        self._window = window
+        self._stops = stops
         self._grace_s = None if grace_s is None else GRACE_USED * grace_s
         self._stop_until: float | None = None  # set while stopping: the deadline, after which it stops at once
         timed = {"grace_s": self._grace_s}
-        if window is not None:  # by the database's time, since this machine's clock may differ
-            left_s = (window.stops - dt.datetime.now(dt.UTC)).total_seconds()
+        if stops is not None:  # by the database's time, since this machine's clock may differ
+            left_s = (stops - dt.datetime.now(dt.UTC)).total_seconds()
             timed |= {"until": store.now().timestamp() + left_s, "window_s": left_s}
         self._window_s = timed.get("window_s") or 0.0
         self._options = json.dumps({**options, **timed, "devices": len(devices)})
@@ -111,8 +108,6 @@ class Box:
             stop_unused(self._settings)
 
     def _serve(self, drain_when_idle: bool) -> int:
-        from loractl.common.store.database import REFUSALS
-
         def interrupted(*_: Any) -> None:
             self._asked_to_stop = True  # psycopg may raise its connection error instead of the KeyboardInterrupt
             raise KeyboardInterrupt
@@ -166,8 +161,6 @@ class Box:
 
     def _wait(self, drain_when_idle: bool) -> bool:
         """Watch until no job is left, and restart nodes that end by themselves. True when no node can be started."""
-        from loractl.common.store.database import REFUSALS, told_by
-
         idle, watched = 0, time.monotonic()
         while idle < IDLE_LOOKS:
             if self._asked_to_stop:
@@ -197,8 +190,8 @@ class Box:
 
     @property
     def _over(self) -> bool:
-        """Whether its window is over. By the wall clock: a machine may have slept."""
-        return self._window is not None and dt.datetime.now(dt.UTC) >= self._window.stops
+        """Whether its time is over. By the wall clock: a machine may have slept."""
+        return self._stops is not None and dt.datetime.now(dt.UTC) >= self._stops
 
     def _keep_queue(self) -> None:
         """Restart an embedded queue that has ended since the worker began: no command would start it."""
@@ -220,9 +213,9 @@ class Box:
         closed = self._drained()
         taking = [d.total for d in self._devices if d.number not in self._given_up and self._name(d) not in closed]
         largest = max(taking, default=None)
-        if self._window is None:
+        if self._stops is None:
             return not self._store.jobs.has_unfinished(largest, self._labels)
-        left_s = (self._window.stops - dt.datetime.now(dt.UTC)).total_seconds()
+        left_s = (self._stops - dt.datetime.now(dt.UTC)).total_seconds()
         time_left = TimeLeft(host=self._settings.host, seconds=left_s, window_s=self._window_s)
         return not self._store.jobs.has_unfinished(largest, self._labels, time_left)
 
@@ -232,15 +225,12 @@ class Box:
 
     def _tell_of_the_rest(self) -> None:
         """Print the last line, with the jobs that are left because they don't fit this box."""
-        from loractl.common.job.status import Status
-        from loractl.common.store.database import REFUSALS
-
         with contextlib.suppress(*REFUSALS):
             left = self._store.jobs.matching(statuses=[Status.QUEUED])
             held = [job.job_id for job in left if job.held or job.awaits is not None]
             others = [job.job_id for job in left if job.job_id not in held]
             closed = "".join(f", or for {name}, which is drained" for name in self._drained())
-            longer = "" if self._window is None else ", or for a worker that stays longer"
+            longer = "" if self._stops is None else ", or for a worker that stays longer"
             one = len(others) == 1
             who = f"{_numbers(others)} {'waits' if one else 'wait'} for another box{closed}{longer}"
             told = [who] if others else []
@@ -301,8 +291,6 @@ class Box:
 
     def _restart_stuck(self) -> None:
         """The watchdog: stop nodes that are silent, or do not start the job that the rule gives them, for a restart."""
-        from loractl.common.store.database import REFUSALS
-
         try:
             if not self._store.takes_writes():
                 self._stuck_since.clear()  # a node that can't write its row is not stuck

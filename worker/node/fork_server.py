@@ -15,16 +15,15 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
 from loractl.worker.attempt.order import common_environment
-from loractl.worker.attempt.trainer_process import KILL_S
+from loractl.worker.attempt.trainer_process import KILL_S, ForkedTrainer
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import JOB_VARIABLE, RUN_VARIABLE, end_leftovers
 from loractl.worker.protocol.messages import (
@@ -52,36 +51,6 @@ FIRST_AGAIN_S, MOST_AGAIN_S = 10.0, 600.0
 """Seconds until the next server is started after one has failed; each failure in a row doubles them."""
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
-
-
-class ForkedTrainer:
-    """A trainer that the server has forked and this process has adopted, with the face of a subprocess.Popen."""
-
-    def __init__(self, pid: int, stdin: IO[str], stdout: IO[str], stderr: IO[str]) -> None:
-        self.pid, self.stdin, self.stdout, self.stderr = pid, stdin, stdout, stderr
-        self.returncode: int | None = None
-        self._waiting = threading.Lock()
-
-    def poll(self) -> int | None:
-        """Its exit status, negative for a signal; None while it runs."""
-        with self._waiting:
-            if self.returncode is None:
-                try:
-                    pid, status = os.waitpid(self.pid, os.WNOHANG)
-                except ChildProcessError:  # `end_leftovers` has killed it and taken its status
-                    self.returncode = -signal.SIGKILL
-                else:
-                    self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Raises subprocess.TimeoutExpired."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if deadline is not None and time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(f"trainer {self.pid}", timeout or 0.0)
-            time.sleep(0.01)
-        return code
 
 
 class NotForked(Exception):

@@ -239,7 +239,7 @@ class Monitor:
             self._failures[what] = self._failures.get(what, 0) + 1
             log.exception("%s failed, %s of %s times", what, self._failures[what], TRIES)
             if vital and self._failures[what] >= TRIES:
-                self._place.drain.end_alone()
+                self._place.drain.alone = True
                 os.kill(os.getpid(), signal.SIGTERM)
             return
         self._failures[what] = 0
@@ -249,7 +249,8 @@ class Monitor:
         if self._place.drain.mismatch is None:
             what = "claims nothing more, and ends once its jobs have saved a checkpoint"
             log.error("%s: %s %s", mismatch.sentence, self._place.node, what)
-            self._place.drain.leave(mismatch)
+            self._place.drain.mismatch = mismatch
+            self._place.drain.ask("checkpoint")
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _look(self, slots: Slots) -> None:
@@ -275,7 +276,7 @@ class Monitor:
             asked = ((card, orders.get(card) or orders.get(place.settings.host)) for card in cards)
             wanted = [f"{card} is drained by {o.user}: {o.reason}" for card, o in asked if o is not None and o.now]
             attempt.wishes.card_drained = wanted[0] if wanted else None
-        place.drain.order(at_once)  # supervisors see it from here on, so the wishes above must say whose order it is
+        place.drain.ordered = at_once  # supervisors see it from here on, so the wishes above must say whose order it is
 
     def _go_round(self, slots: Slots) -> None:
         """Look for jobs whose message was lost, or came while they did not fit."""

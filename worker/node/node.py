@@ -32,9 +32,8 @@ from loractl.common.settings import Settings, load_settings, make_private, pace_
 from loractl.common.store.database import CONNECTIONS, NODE_IDLE_S, REFUSALS, connect, make_engine, told_by
 from loractl.common.store.store import Store
 from loractl.common.text import clean_text, without_passwords
-from loractl.worker.attempt.patience import Patience
 from loractl.worker.attempt.storage.client import StoreClient
-from loractl.worker.attempt.workplace import Drain, Workplace
+from loractl.worker.attempt.workplace import Drain, Patience, Workplace
 from loractl.worker.delivery.messenger import Messenger
 from loractl.worker.device.devices import Device, find_device
 from loractl.worker.device.occupancy import Watch
@@ -270,7 +269,7 @@ def obey(orders: IO[str], drain: Drain) -> None:
             if line.strip() == "now":
                 drain.ask("now")
             elif line.strip() == "alone":
-                drain.end_alone()
+                drain.alone = True
         if drain.wish is None:
             log.warning("the loractl worker process is gone, this node stops")
         os.kill(os.getpid(), signal.SIGTERM)

@@ -8,7 +8,7 @@ import datetime as dt
 import functools
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from loractl.common.errors import SchemaMismatch
 from loractl.common.store.database import absence, outage
@@ -35,13 +35,12 @@ AGAIN_S = 0.05
 
 
 class Claimer:
-    """Claims jobs for the slots of one device, one at a time: two claims at once would count on the same bytes."""
+    """Claims jobs for the slots of one device. They take turns: two claims at once would count on the same bytes."""
 
     def __init__(self, place: Workplace, watch: Watch, *, devices: int = 1) -> None:
         """`devices`: how many cards of the box are served, including this one."""
         self._place = place
         self._watch = watch
-        self._claiming = threading.Lock()
         self._left: dict[str, float] = {}  # node -> since when this card leaves a job to it
         self._others = devices - 1
         self._settled = devices < 2
@@ -51,23 +50,18 @@ class Claimer:
 
     def claim(self) -> Claim | None:
         """Claim what the rule gives this card now, or, after a while, what it gives a card that does not take it."""
-        others: Collection[str] = ()
-        with self._place.clock.holding(self._claiming):
-            claim = None
-            while self._place.drain.wish is None:
-                if not self._has_settled():
-                    self._place.clock.sleep(SETTLE_LOOK_S)
-                    continue
-                claim = self._try()
-                if not isinstance(claim, Left):
-                    self._left = {}
-                    break
-                if others := claim.nodes:
-                    break
-                self._place.clock.sleep(AGAIN_S)
-        if isinstance(claim, Claim):
-            return claim  # at once: nothing sends its heartbeats yet
-        self._place.wake_others(others)  # outside the lock: the queue may be away
+        while self._place.drain.wish is None:
+            if not self._has_settled():
+                self._place.clock.sleep(SETTLE_LOOK_S)
+                continue
+            claim = self._try()
+            if not isinstance(claim, Left):
+                self._left = {}
+                return claim
+            if claim.nodes:
+                self._place.wake_others(claim.nodes)
+                break
+            self._place.clock.sleep(AGAIN_S)
         return None
 
     def _has_settled(self) -> bool:

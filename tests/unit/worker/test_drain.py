@@ -15,12 +15,12 @@ def test_a_first_ctrl_c_that_comes_late_does_not_undo_the_second_one() -> None:
 
 def test_an_undrain_does_not_undo_the_worker_s_stop() -> None:
     drain = Drain()
-    drain.order(True)
+    drain.ordered = True
     assert (drain.wish, drain.asked) == ("checkpoint", None)
     drain.ask("checkpoint")
-    drain.order(False)
+    drain.ordered = False
     assert drain.wish == "checkpoint"
     other = Drain()
-    other.order(True)
-    other.order(False)
+    other.ordered = True
+    other.ordered = False
     assert other.wish is None

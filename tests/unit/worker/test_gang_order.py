@@ -106,7 +106,7 @@ def test_a_job_says_whose_drain_ends_it_and_not_that_the_worker_stops(
     place: Workplace, state: SupervisedAttempt
 ) -> None:
     state.wishes.card_drained = "box:1 is drained by mara: new fans"
-    place.drain.order(True)
+    place.drain.ordered = True
     wish = wanted_stop(place, state)
     assert wish is not None and (wish.reason, wish.message) == (Reason.DRAINED, state.wishes.card_drained)
     place.drain.ask("checkpoint")

@@ -23,11 +23,11 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 from loractl.worker.attempt.workplace import STOP_SHARE
+from loractl.worker.commands.worker import GRACE_S, Window, read_window
 from loractl.worker.device.devices import SimulatedDevice
 from loractl.worker.node import box
 from loractl.worker.node.box import Box
 from loractl.worker.node.monitor import NodeOptions
-from loractl.worker.node.window import GRACE_S, Window, read_window
 
 from ...held_lab import HeldLab
 from ..factories import NOON, node_state, submission
@@ -158,21 +158,20 @@ STOPS = 'trap "echo term >> $1; exit 0" TERM; echo > "$1.begun"; while :; do sle
 DEAF = 'trap "" TERM; echo > "$1.begun"; read order; echo "$order" > "$1"'
 
 
-def in_seconds(seconds: float) -> Window:
-    ends = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=seconds)
-    return Window(ends=ends, said_by="--until", grace_s=1.0)
+def in_seconds(seconds: float) -> dt.datetime:
+    return dt.datetime.now(dt.UTC) + dt.timedelta(seconds=seconds - 1)
 
 
 def test_a_worker_stops_before_its_end_and_says_why(
     worker: Worker, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(worker(STOPS, window=in_seconds(1.1), grace_s=1.0), drain_when_idle=False) == ExitCode.OK
+    assert run(worker(STOPS, stops=in_seconds(1.1), grace_s=1.0), drain_when_idle=False) == ExitCode.OK
     assert (tmp_path / "told").read_text() == "term\n"
     assert "the worker's time is over" in capfd.readouterr().err
 
 
 def test_a_node_that_does_not_stop_in_the_grace_is_stopped_at_once(worker: Worker, tmp_path: Path) -> None:
-    assert run(worker(DEAF, window=in_seconds(0.2), grace_s=0.2), drain_when_idle=False) == ExitCode.OK
+    assert run(worker(DEAF, stops=in_seconds(0.2), grace_s=0.2), drain_when_idle=False) == ExitCode.OK
     assert (tmp_path / "told").read_text() == "now\n"
 
 
@@ -196,7 +195,7 @@ def test_a_worker_with_an_end_is_idle_if_it_has_no_time_for_any_waiting_job(
     store.cards.see(node_state("other:0", total=8 * GIB, max_jobs=1))
     store.jobs.submit(submission(lora=4, qlora=None, method="lora"))
     assert store.attempts.claim("other:0") is not None
-    made = worker(STOPS, window=in_seconds(3600), grace_s=1.0)
+    made = worker(STOPS, stops=in_seconds(3600), grace_s=1.0)
     monkeypatch.setattr(box.time, "sleep", lambda _: store.cards.see(node_state("heron:0", total=8 * GIB)))
     assert run(made, drain_when_idle=True) == ExitCode.OK
 
@@ -208,7 +207,7 @@ def test_jobs_that_such_a_worker_had_no_time_for_wait_for_one_that_stays_longer(
     job_id = store.jobs.submit(submission(lora=4, qlora=None, method="lora"))
     with Session(store.engine) as session, session.begin():
         session.execute(update(Job).where(Job.job_id == job_id).values(checkpoint_s=7200.0))
-    made = worker(STOPS, window=in_seconds(3600), grace_s=1.0)
+    made = worker(STOPS, stops=in_seconds(3600), grace_s=1.0)
     monkeypatch.setattr(box.time, "sleep", lambda _: store.cards.see(node_state("heron:0", total=8 * GIB)))
     assert run(made, drain_when_idle=True) == ExitCode.OK
     said = "No job that fits this box is left: job 1 waits for another box, or for a worker that stays longer."

@@ -1,4 +1,4 @@
-"""A process that makes a node's calls of the artifact store (`service`).
+"""A process that makes a node's calls of the artifact store (`client`).
 
     python -m loractl.worker.attempt.storage
 
@@ -13,6 +13,6 @@ if __name__ == "__main__":
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)  # Slurm tells all of an allocation: the last checkpoint is under way
     hide_environment()  # before the imports, which take half a second
-    from .service import main
+    from .client import main
 
     main()

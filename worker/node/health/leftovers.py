@@ -90,7 +90,7 @@ class StuckSupervisors:
             return
         if self._place.drain.asked is None:
             log.error("a supervisor of %s is stuck: the node saves its other jobs, then restarts", self._place.node)
-            self._place.drain.end_alone()
+            self._place.drain.alone = True
             self._place.drain.ask("checkpoint")
             os.kill(os.getpid(), signal.SIGTERM)  # else, if it turns again, the node would stay but take no jobs
         others = [attempt for attempt, silent in silences if silent < self._patience and not attempt.own.closed]
