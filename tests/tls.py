@@ -20,6 +20,7 @@ def make_authority(folder: Path) -> Path:
     """A new authority with a certificate for localhost; returns its own certificate, which clients trust."""
     folder.mkdir()
     request = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+    request += ["-addext", "keyUsage=critical,digitalSignature,keyCertSign"]  # which Python 3.13 asks for
     server = ["-CA", "ca.pem", "-CAkey", "ca.key", "-addext", "subjectAltName=DNS:localhost"]
     _openssl(folder, *request, "-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.pem")
     _openssl(folder, *request, "-subj", "/CN=localhost", *server, "-keyout", "server.key", "-out", "server.pem")

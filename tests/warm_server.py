@@ -27,6 +27,7 @@ import time
 import traceback
 import weakref
 from pathlib import Path
+from unittest import mock
 
 from .warm import HEAVY, LEFT, LIGHT, OWN, PROGRAM, READ_AT_IMPORT, READ_AT_START, TRAINER, early
 
@@ -238,9 +239,7 @@ def _load(kind: str) -> None:
     import loractl
 
     if kind == HEAVY:
-        from loractl.worker.base.kernels import load_kernels
-
-        load_kernels()
+        _leave_the_card_alone()
     for name in LATE[kind]:
         importlib.import_module(name)
     for module in pkgutil.walk_packages(loractl.__path__, "loractl."):
@@ -256,6 +255,17 @@ def _load(kind: str) -> None:
         _find_weights_names()
     _ask_a_database()
     assert kind == HEAVY or "torch" not in sys.modules
+
+
+def _leave_the_card_alone() -> None:
+    """Import what asks for a card when it is imported: a torch that is built for CUDA could use none after a fork."""
+    import torch
+
+    from loractl.worker.base.kernels import load_kernels
+
+    nothing = {"is_available": lambda: False, "device_count": lambda: 0}
+    with mock.patch.multiple(torch.cuda, **nothing):
+        load_kernels()
 
 
 def _ask_a_database() -> None:

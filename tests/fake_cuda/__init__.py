@@ -25,6 +25,13 @@ KEPT = Path(__file__).parents[2] / "build" / "fake_cuda"
 
 def why_not() -> str | None:
     """Why there can be no such card here; None: there can."""
+    spec = importlib.util.find_spec("torch")
+    if (
+        spec is not None
+        and spec.origin is not None
+        and (Path(spec.origin).parent / "lib" / "libtorch_cuda.so").exists()
+    ):
+        return "torch is built for CUDA here: pip install torch --index-url https://download.pytorch.org/whl/cpu"
     return None if compiler() is not None else "no C++ compiler, which the stand-in for a card needs"
 
 
