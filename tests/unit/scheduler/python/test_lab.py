@@ -25,9 +25,9 @@ from ...factories import take
 
 
 @pytest.fixture
-def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(upgraded_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with rows to train on."""
-    monkeypatch.setenv("LORACTL_HOME", str(home))
+    monkeypatch.setenv("LORACTL_HOME", str(upgraded_home))
     monkeypatch.setenv("LORACTL_USER", "ada")
     monkeypatch.chdir(tmp_path)
     write_helpdesk(tmp_path / "rows.jsonl")

@@ -130,32 +130,32 @@ def test_draws_are_those_of_the_seed_and_are_printed(job: Path) -> None:
     assert "5 jobs, drawn with seed 3; none is queued." in text
 
 
-def test_all_members_are_queued_with_one_upload_or_none_is(job: Path, home: Path) -> None:
-    done = call(job, RATES, "lora.r=4,8", home=home, options=("--early-stop",))
+def test_all_members_are_queued_with_one_upload_or_none_is(job: Path, upgraded_home: Path) -> None:
+    done = call(job, RATES, "lora.r=4,8", home=upgraded_home, options=("--early-stop",))
     assert done.exception is None, done.exception
     told = "Sweep 1: 4 jobs (1 to 4) are queued; losers stop after 25 % and 50 % of their steps.\n"
     assert done.stdout == told
     assert "loractl status --sweep 1" in done.stderr
-    assert len(list((home / "artifacts").rglob("*.jsonl"))) == 1
+    assert len(list((upgraded_home / "artifacts").rglob("*.jsonl"))) == 1
     # the second of these needs more than the limit that the first keeps
     limit = "resources.max_vram=1GiB"
-    error = call(job, "training.per_device_train_batch_size=1,4096", limit, home=home).exception
+    error = call(job, "training.per_device_train_batch_size=1,4096", limit, home=upgraded_home).exception
     assert isinstance(error, UsageError) and error.sentence.startswith("triage-2 needs")
-    listed = CliRunner(env={"LORACTL_HOME": str(home)}).invoke(status, ["-a", "--json"])
+    listed = CliRunner(env={"LORACTL_HOME": str(upgraded_home)}).invoke(status, ["-a", "--json"])
     assert [row["sweep_id"] for row in json.loads(listed.stdout)] == [1, 1, 1, 1], "nothing of the refused one"
 
 
-def test_a_queued_sweep_as_json_is_what_status_prints(job: Path, home: Path) -> None:
-    done = call(job, "lora.r=int:4..64", home=home, options=("--trials", "3", "--json"))
+def test_a_queued_sweep_as_json_is_what_status_prints(job: Path, upgraded_home: Path) -> None:
+    done = call(job, "lora.r=int:4..64", home=upgraded_home, options=("--trials", "3", "--json"))
     found = json.loads(done.stdout)
     assert (found["sweep_id"], found["trials"], found["seed"], found["waiting"]) == (1, 3, 0, 3)
-    again = CliRunner(env={"LORACTL_HOME": str(home)}).invoke(status, ["--sweep", "1", "--json"])
+    again = CliRunner(env={"LORACTL_HOME": str(upgraded_home)}).invoke(status, ["--sweep", "1", "--json"])
     assert json.loads(again.stdout) == found
 
 
-def test_a_sweep_is_cancelled_as_one_and_compared_once_a_member_has_a_result(job: Path, home: Path) -> None:
-    runner = CliRunner(env={"LORACTL_HOME": str(home), "LORACTL_USER": "ada"})
-    call(job, RATES, home=home)
+def test_a_sweep_is_cancelled_as_one_and_compared_once_a_member_has_a_result(job: Path, upgraded_home: Path) -> None:
+    runner = CliRunner(env={"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"})
+    call(job, RATES, home=upgraded_home)
     early = runner.invoke(compare, ["--sweep", "1"]).exception
     assert isinstance(early, WrongState) and early.sentence == "no member of sweep 1 has a result"
     shown = runner.invoke(status, []).stdout
@@ -174,18 +174,18 @@ def test_a_sweep_is_cancelled_as_one_and_compared_once_a_member_has_a_result(job
 
 
 def test_the_rows_of_all_members_are_looked_at_hashed_and_stored_once(
-    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Path, upgraded_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
     for module, name in ((admission, "check_used_data"), (intake, "stored_hashes"), (intake, "store_data")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real, name=name: asked.append(name) or real(*a))
-    assert call(job, RATES, "lora.r=4,8", home=tmp_path / "home").exit_code == 0
+    assert call(job, RATES, "lora.r=4,8", home=upgraded_home).exit_code == 0
     assert asked == ["check_used_data", "stored_hashes", "store_data"]
 
 
-def test_no_member_starts_after_another_one(job: Path, tmp_path: Path) -> None:
-    error = call(job, RATES, "after=triage-2", home=tmp_path / "home").exception
+def test_no_member_starts_after_another_one(job: Path, upgraded_home: Path) -> None:
+    error = call(job, RATES, "after=triage-2", home=upgraded_home).exception
     assert isinstance(error, UsageError) and "not a job of this submit" in error.sentence
     told = refused(job, RATES, "after=triage-2").sentence
     assert told == error.sentence, "a dry run says so where there is no database, too"
