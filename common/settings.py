@@ -165,6 +165,14 @@ def load_settings(environ: dict[str, str] | None = None) -> Settings:
     )
 
 
+def mistyped_variables() -> dict[str, str]:
+    """Variables that nothing reads, each with the one that was probably meant."""
+    known = {key.upper() for key in (*_KEYS, "home")}
+    given = [name.removeprefix("LORACTL_") for name in os.environ if name.startswith("LORACTL_")]
+    meant = {name: slip_of(name, known) for name in given if name not in known}
+    return {f"LORACTL_{name}": f"LORACTL_{close}" for name, close in meant.items() if close}
+
+
 def _refuse_no_folder(home: Path) -> None:
     """Raises UsageError where a file is in the way; a home that is not there yet is made later."""
     there = next(path for path in (home, *home.parents) if os.path.exists(path))  # noqa: PTH110  Path's raises where one is closed

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from loractl.common.errors import SpecError, SpecProblem
+from loractl.common.text import slip_of
 
 MAX_FILE_BYTES = 256 * 1024
 """A job file is settings, not data."""
@@ -56,8 +57,10 @@ def read_documents(path: Path, what: str = JOB_FILE) -> list[Document]:
         with path.open("rb") as stream:
             size, raw = os.fstat(stream.fileno()).st_size, stream.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        there = "name an existing file"
-        raise wrong("no such file", f"{there}; {like}" if ours else there) from None
+        beside = {other.stem: other for ending in ("yaml", "yml") for other in path.parent.glob(f"*.{ending}")}
+        close = slip_of(path.stem, beside)
+        there = f"did you mean {beside[close]}?" if close else "name an existing file"
+        raise wrong("no such file", f"{there}; {like}" if ours and not close else there) from None
     except IsADirectoryError:
         raise wrong(f"is a folder, not {what}", "name one file in it") from None
     except OSError as error:
@@ -79,7 +82,7 @@ def read_documents(path: Path, what: str = JOB_FILE) -> list[Document]:
         line = error.problem_mark.line + 1 if error.problem_mark else None
         if "'\\t'" in str(error.problem):
             raise wrong("tab character not allowed", "indent with two spaces", line=line) from None
-        other = f"{what} is YAML" + (f", like {EXAMPLE}" if ours else "")
+        other = f"{what} is YAML" + (f", like {EXAMPLE}; its dataset.path names the data" if ours else "")
         hint = _slip(error) if path.suffix in (".yaml", ".yml") else other
         raise wrong(f"is not valid YAML: {error.problem or error}", hint, line=line) from None
     except yaml.reader.ReaderError as error:

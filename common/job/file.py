@@ -244,7 +244,7 @@ def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str
         line=None,
         key=override,
         what="is not of the form key=value",
-        hint="like --set training.max_steps=20",
+        hint="like --set training.max_steps=20, without spaces",
     )
     if not equals or not key:
         raise SpecError([problem])

@@ -106,8 +106,13 @@ GONE = {
     "show": "loractl status JOB --full has a job's history, attempts and settings, and status JOB --json all of it",
     "sim": "in a clone, python -m benchmarks.placement replays a trace, or with --lab the lab's own jobs; "
     "python -m benchmarks.baselines compares our rule with others on a fleet of your choice",
+    **dict.fromkeys(("run", "train", "start", "queue"), "did you mean loractl submit?"),
+    **dict.fromkeys(("list", "ls", "jobs", "ps"), "did you mean loractl status?"),
+    **dict.fromkeys(("stop", "kill", "delete", "rm"), "did you mean loractl cancel?"),
+    "help": "loractl --help, or loractl COMMAND --help",
+    "version": "loractl --version",
 }
-"""What took the place of commands of earlier versions."""
+"""What took the place of commands of earlier versions, and what is meant by words that other tools have."""
 
 
 @click.group(

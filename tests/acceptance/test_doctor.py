@@ -216,8 +216,12 @@ def test_settings_that_can_t_be_read_and_models_that_are_not_there(cli: Cli, hom
     (home / "config.toml").unlink()
     (home / "models" / "one").mkdir(parents=True)
     (home / "models" / "one" / "config.json").write_text("{}")
-    roots = cli.with_environment(LORACTL_MODEL_ROOTS=f"{home / 'models'}:/nowhere/models")
-    here, nowhere = checks(roots, code=1)["models"][:2]
+    roots = cli.with_environment(
+        LORACTL_MODEL_ROOTS=f"{home / 'models'}:/nowhere/models", LORACTL_ARTIFACT_URL="s3://x"
+    )
+    found = checks(roots, code=1)
+    assert [line["hint"] for line in found["settings"]] == [None, "did you mean LORACTL_ARTIFACTS_URL?"]
+    here, nowhere = found["models"][:2]
     assert (here["level"], here["sentence"]) == ("ok", f"{home / 'models'}: 1 model")
     assert nowhere["level"] == "error" and "names /nowhere/models" in nowhere["sentence"]
 

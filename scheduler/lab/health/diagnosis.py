@@ -16,11 +16,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from loractl.common.errors import LoractlError, UsageError
-from loractl.common.settings import Settings, load_settings
+from loractl.common.settings import Settings, load_settings, mistyped_variables
 
 from ..place import SERVICE, SERVICE_USER, Place
 from .box import see_cards, see_disk, see_models
-from .condition import Condition, Diagnosis, Level, broken, failed, fine, skipped
+from .condition import Condition, Diagnosis, Level, broken, failed, fine, skipped, warning
 from .services import see_boxes, see_clock, see_database, see_logins, see_messages, see_queue, see_revision, see_store
 
 PATIENCE_S = 10.0
@@ -71,6 +71,8 @@ def diagnose(patience_s: float = PATIENCE_S, names: Collection[str] = ()) -> Dia
         if check.needs is None:
             runs[check.name] = _Run(check, settings, patience_s)
     found = [fine("settings", f"{settings.home}, as {settings.user}")]
+    slips = mistyped_variables().items()
+    found += [warning("settings", f"{name} is not a setting", f"did you mean {meant}?") for name, meant in slips]
     for check in checks:
         if check.needs is not None:
             if not all(c.level in (Level.OK, Level.WARNING) for c in found if c.check == check.needs):

@@ -377,7 +377,7 @@ def test_a_wrong_override_is_blamed_on_the_command_line(tmp_path: Path) -> None:
 def test_an_override_that_is_no_assignment_shows_the_right_form(tmp_path: Path, override: str) -> None:
     problem = only(write(tmp_path, MINIMAL), override)
     assert problem.what == "is not of the form key=value"
-    assert problem.hint == "like --set training.max_steps=20"
+    assert problem.hint == "like --set training.max_steps=20, without spaces"
 
 
 def test_a_stored_spec_with_every_key_validates_again_to_the_same_value(tmp_path: Path) -> None:
@@ -561,6 +561,7 @@ def test_a_file_that_cannot_be_a_job_is_refused_in_a_sentence(tmp_path: Path) ->
     problem = only(tmp_path)
     assert (problem.what, problem.hint) == ("is a folder, not a job file", "name one file in it")
     assert only(tmp_path / "absent.yaml").what == "no such file"
+    assert only(tmp_path / "jobs.yml").hint == f"did you mean {tmp_path / 'job.yaml'}?"
 
 
 @pytest.mark.parametrize("key", ["1", "~", "true", "2026-01-01"])

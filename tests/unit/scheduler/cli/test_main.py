@@ -138,6 +138,8 @@ def test_the_version_is_that_of_the_package(cli: Cli) -> None:
         ("submitt", "did you mean loractl submit?"),
         ("xyz", "loractl --help"),
         ("show", "loractl status JOB --full has a job's history"),
+        ("train", "did you mean loractl submit?"),
+        ("version", "loractl --version"),
         ("sim", "in a clone, python -m benchmarks.placement replays a trace"),
     ],
 )
