@@ -32,7 +32,7 @@ def test_a_home_that_was_lost_in_mid_run_is_restored_and_all_its_jobs_end_well(
 ) -> None:
     """With a trainer that only sleeps: of a training it asks no more than its rows and its files."""
     cli = make_cli(LORACTL_TRAINER="tests.quick_trainer", QUICK_STARTS=str(tmp_path / "starts"))
-    for name, steps in (("first", 120), ("second", 10)):
+    for name, steps in (("first", 240), ("second", 10)):
         job = write_job(tmp_path, tiny_model, name=name)
         cli("submit", job, f"--set=training.max_steps={steps}", "--set=training.save_steps=20")
     worker = cli.start("worker", warm_start=True)
