@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn.attention import varlen
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
@@ -77,7 +78,7 @@ def outcome(case: Case) -> dict[str, Any]:
         return {
             "faults": faults,
             "types": [str(precision.base), precision.amp],
-            "by_row": getattr(forward, "by_row", None),
+            "by_row": forward.layout.by_row if isinstance(forward, LeanPass) else None,
             "at_once": watch.operators["_varlen_attn"],
             "attention": {name: watch.operators[name] for name in ATTENTION if watch.operators[name]},
             "moved": watch.moved,
@@ -268,14 +269,14 @@ MANY: dict[str, Case] = {
 @contextlib.contextmanager
 def fault(name: str) -> Iterator[None]:
     """Put a fault into the engine, which its own tests on a processor might not see."""
-    borders, backward = attention.borders_of, fused._Product.backward
+    borders, backward, kernel = attention.borders_of, fused._Product.backward, varlen.varlen_attn
     faults: dict[str, tuple[Any, str, Any]] = {
         "a tensor on the processor": (
             attention,
             "borders_of",
             lambda lengths, _: borders(lengths, torch.device("cpu")),
         ),
-        "mixed types": (attention, "_as_autocast", lambda states: states.float() if states.shape[1] == 4 else states),
+        "mixed types": (varlen, "varlen_attn", lambda q, *others, **sides: kernel(q.float(), *others, **sides)),
         "a gradient that is lost": (
             fused._Product,
             "backward",
