@@ -206,9 +206,11 @@ def detect_format(
     theirs = dict(zip(_COLUMNS[DataFormat.PROMPT_COMPLETION], columns, strict=False)) if len(columns) == 2 else {}
     like = ", ".join(f"{ours}: {name}" for ours, name in theirs.items()) or "prompt: question"
     known = f"known columns: {forms}; name yours with dataset.columns, like {{{like}}}"
+    null = dict.fromkeys(name for name in first.value if name not in columns)
     raise DataError(
         file,
-        f"the columns {column_names(columns)} are those of no known format",
+        f"the columns {column_names(columns)} are those of no known format"
+        + (f"; {column_names(null)} of this row is null" if null else ""),
         row=first.number,
         hint=_meant(columns, [column for needed in _COLUMNS.values() for column in needed]) or known,
         kind="unknown columns",
@@ -351,8 +353,8 @@ def conversation_turns(
 ) -> tuple[Turn, ...]:
     """The messages of a conversation, checked for a valid order. Raises DataError."""
 
-    def wrong(what: str, kind: str) -> DataError:
-        return DataError(file, what, row=row.number, kind=kind)
+    def wrong(what: str, kind: str, hint: str | None = None) -> DataError:
+        return DataError(file, what, row=row.number, hint=hint, kind=kind)
 
     messages = row.value.get(column)
     if not isinstance(messages, list):
@@ -368,6 +370,9 @@ def conversation_turns(
         if not isinstance(message, dict):
             raise wrong(f"{where} is {kind_of(message)}, not an object with {speaker} and {said}", "not text")
         named, content = (message.get(key, message.get(_OTHER_KEYS.get(key, key))) for key in (speaker, said))
+        if named is None:
+            hint = f"dataset.columns: {{conversations: {column}}} reads such rows" if "from" in message else None
+            raise wrong(f"{where} has no {speaker}; it has {column_names(message)}", "unknown role", hint)
         role = SHAREGPT_ROLES.get(named, named) if isinstance(named, str) else named
         if role not in ROLES:
             known = ", ".join((*ROLES, *SHAREGPT_ROLES))

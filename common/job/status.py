@@ -65,6 +65,7 @@ class Reason(enum.StrEnum):
     KILLED = "killed"
     GPU_ERROR = "gpu_error"
     DISK_FULL = "disk_full"
+    BASE_MISSING = "base_missing"
     STORE_FAILED = "store_failed"
     EVALUATION_FAILED = "evaluation_failed"
     TRAINER_ERROR = "trainer_error"
@@ -75,6 +76,7 @@ class Blamed(enum.StrEnum):
 
     CARD = "card"
     BOX = "box"  # all of its cards share what failed: the disk, the way to the store
+    BASE = "base"  # the box lacks this job's base model: the job avoids it, and it stays open for the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +187,13 @@ OUTCOMES: dict[Reason, Meaning] = {
         advice="free space on the worker's disk, then loractl retry JOB",
         blames=Blamed.BOX,
     ),
+    Reason.BASE_MISSING: Meaning(
+        status=Status.FAILED,
+        retryable=True,
+        counts=False,
+        advice="copy or mount the base model's folder on the box at the same path, then loractl release JOB",
+        blames=Blamed.BASE,
+    ),
     Reason.STORE_FAILED: Meaning(
         status=Status.FAILED,
         retryable=True,
@@ -220,8 +229,8 @@ LAB_FAILURE_LIMIT = 3
 """A job that the lab fails this often in a row, without a further checkpoint between, is held: it may be the cause."""
 
 LAB_RETRY_DELAY_S = 10.0
-"""Seconds before a job that met a failing card, disk or store is tried again; they may need the time, and so may the
-log. After a lost worker it is tried again at once."""
+"""Seconds before a job that met a failing card, disk or store, or a box without its base, is tried again; they may need
+the time, and so may the log. After a lost worker it is tried again at once."""
 
 
 def retry_delay_s(attempt: int) -> float:

@@ -54,6 +54,10 @@ class LazyGroup(click.Group):
             try:
                 return super().invoke(ctx)
             except click.NoSuchOption as wrong:
+                options = () if wrong.ctx is None else wrong.ctx.command.params
+                if "." in wrong.option_name and any("--set" in option.opts for option in options):
+                    hint = f"--set {wrong.option_name.strip('-')}=VALUE sets a key of the job file"
+                    raise click.UsageError(f"No such option '{wrong.option_name}'.\nHint: {hint}", wrong.ctx) from None
                 near = [o for o in wrong.possibilities or () if slip_of(wrong.option_name.strip("-"), [o.strip("-")])]
                 raise click.NoSuchOption(wrong.option_name, possibilities=near, ctx=wrong.ctx) from None
             except click.BadOptionUsage as wrong:

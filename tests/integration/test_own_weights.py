@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from loractl.common.fingerprint import fingerprint
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
+from loractl.worker.base import source
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_base
+from loractl.worker.base.source import identify
 from loractl.worker.recipe import recipe as training
 
 from ..models import make_tiny_model
@@ -56,3 +59,19 @@ def test_a_base_that_changes_while_it_is_loaded_is_not_trained_on(
     assert failed.value.reason is Reason.TRAINER_ERROR
     monkeypatch.setattr(training, "base_of", base_of)
     assert recipe("b", job={"base_model": str(folder)})[0].reason is Reason.OK
+
+
+def test_a_base_that_changes_while_its_files_are_hashed_has_no_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+
+    def hashed(*order: Any) -> Any:
+        files = fingerprint(*order)
+        (folder / "config.json").touch()
+        return files
+
+    assert identify(str(folder), None, tmp_path)["files"].keys() > {"config.json", "model.safetensors"}
+    monkeypatch.setattr(source, "fingerprint", hashed)
+    with pytest.raises(TrainingFailed, match="model was changed while its files were hashed"):
+        identify(str(folder), None, tmp_path)

@@ -166,6 +166,22 @@ def test_a_model_with_its_own_code_is_refused_and_nobody_is_asked(tmp_path: Path
     assert not mark.exists()
 
 
+def test_a_base_that_this_box_lacks_is_told_from_a_base_that_is_none(tmp_path: Path) -> None:
+    """Another box may have it: the job is tried there."""
+    (empty := tmp_path / "share").mkdir()
+    (other := tmp_path / "other").mkdir()
+    (other / "README.md").write_text("no model\n")
+    said = {
+        tmp_path / "gone": (Reason.BASE_MISSING, "there is no such folder on this box"),
+        empty: (Reason.BASE_MISSING, "its folder is empty on this box"),
+        other: (Reason.MODEL_NOT_FOUND, "is a folder without a model"),
+    }
+    for folder, (reason, sentence) in said.items():
+        with pytest.raises(TrainingFailed, match=sentence) as failure:
+            load_tokenizer(str(folder))
+        assert failure.value.reason is reason
+
+
 @pytest.mark.parametrize("name", ["tool\nuse", "../up", "t" * 233])
 def test_a_chat_template_whose_name_no_store_takes_is_refused_before_the_first_step(
     tiny_model: Path, tmp_path: Path, name: str

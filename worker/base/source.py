@@ -199,7 +199,7 @@ class BaseIdentity:
 
     def __init__(self, base_model: str, revision: str | None, cache: Path) -> None:
         pinned = None if Path(base_model).is_absolute() else pin(base_model, revision)
-        self._commit = None if pinned is None else pinned.commit
+        self._base_model, self._commit = base_model, None if pinned is None else pinned.commit
         self._folder = Path(base_model) if pinned is None else pinned.folder
         self._cache = cache
         self._files: Fingerprint = {}
@@ -216,7 +216,7 @@ class BaseIdentity:
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """What the report says about the base model: `commit` (None for a folder), `files`, one sha256 for all of them,
         and `publish: false` if an adapter that must stay in the lab is merged into it. `meanwhile` is called each
-        second until all is hashed. Raises OSError."""
+        second until all is hashed. Raises OSError, and TrainingFailed if a file changed meanwhile."""
         while self._thread.is_alive():
             self._thread.join(1.0)
             meanwhile()
@@ -227,7 +227,11 @@ class BaseIdentity:
 
     def _hash(self) -> None:
         try:
+            dates = dates_of(self._base_model)
             self._files = fingerprint(self._folder, self._cache)
+            if dates_of(self._base_model) != dates:  # the hashes may be of files that nobody has loaded
+                what = f"base_model {self._base_model} was changed while its files were hashed"
+                raise TrainingFailed(Reason.TRAINER_ERROR, what)
         except Exception as error:  # noqa: BLE001  raised again where it is waited for
             self._error = error
 
@@ -285,6 +289,8 @@ def family_of(base_model: str, revision: str | None) -> str:
 def check_folder(base_model: str) -> None:
     """Say that a folder holds no model: transformers would complain about a tokenizer's backend."""
     folder = Path(base_model)
+    if (why := _not_here(folder)) is not None:
+        raise TrainingFailed(Reason.BASE_MISSING, f"base_model {base_model} can't be loaded: {why}")
     if folder.is_dir() and not (folder / "config.json").exists() and not list(folder.glob("*.gguf")):
         raise TrainingFailed(
             Reason.MODEL_NOT_FOUND, f"base_model {base_model} is a folder without a model: no config.json, no GGUF file"
@@ -320,16 +326,36 @@ def model_errors(base_model: str) -> Iterator[None]:
             raise TrainingFailed(Reason.TRAINER_ERROR, f"{answer} for base_model {base_model}") from None
         if answer is not None:  # the sentence says it all: the job's log needs no traceback
             raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} can't be loaded: {answer}") from None
+        if (away := _not_here(Path(base_model), error)) is not None:
+            raise TrainingFailed(Reason.BASE_MISSING, f"base_model {base_model} can't be loaded: {away}") from error
         if Path(base_model).is_absolute() and (closed := _closed(Path(base_model))) is not None:
             change = f"chmod a+x {closed}" if closed in Path(base_model).parents else f"chmod -R a+rX {base_model}"
             why = f"{closed} can't be read by the worker's user; ask its owner for: {change}"
-        elif Path(base_model).is_absolute() and not Path(base_model).exists():
-            why = "there is no such folder on this worker"
         elif isinstance(error, SafetensorError):
             why = f"its weights can't be read ({error})"
         else:
             why = first_line(error)
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} can't be loaded: {why}") from error
+
+
+SHARE_IS_AWAY = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV}
+"""What reading from a share says whose server is away."""
+
+
+def _not_here(folder: Path, error: Exception | None = None) -> str | None:
+    """Why this box lacks a folder that another one has. None: it is here, or is no folder but a name on the hub."""
+    if not folder.is_absolute():
+        return None
+    try:
+        if isinstance(error, OSError) and error.errno in SHARE_IS_AWAY:
+            raise error
+        if not folder.exists():
+            return "there is no such folder on this box"
+        return "its folder is empty on this box" if folder.is_dir() and not any(folder.iterdir()) else None
+    except PermissionError:
+        return None  # _closed says whose right is missing
+    except OSError as away:
+        return f"its disk or share can't be read on this box: {os.strerror(away.errno or errno.EIO)}"
 
 
 MODEL_FILES = {".json", ".safetensors", ".gguf", ".model", ".jinja", ".py"}

@@ -45,6 +45,9 @@ from .usage import record as record_usage
 AVOIDED_S = 1800.0
 """How long a job avoids what failed it: after that it takes the card rather than wait for a busy one."""
 
+WITHOUT_BASE_S = 24 * 3600.0
+"""How long it avoids a box without its base model: half an hour rarely brings a model there."""
+
 REAPED = 50
 """Attempts that one transaction ends at most, so that heartbeats need not wait for it."""
 
@@ -54,6 +57,7 @@ _HELD = {
     Reason.GPU_ERROR: "its card failed {} times in a row; the job may cause it",
     Reason.DISK_FULL: "the disk of its box was full {} times in a row",
     Reason.STORE_FAILED: "the artifact store failed it {} times in a row",
+    Reason.BASE_MISSING: "none of the boxes that could take it has its base model",
 }
 
 
@@ -241,8 +245,10 @@ def _end_attempt(
     job.reason, job.message = reason, message
     outcome = OUTCOMES[reason]
     if outcome.blames is not None:
-        _count_in_a_row(tx, job)
-        note_failure(tx, job, card, reason, message, now)
+        if outcome.blames is not Blamed.BASE:
+            note_failure(tx, job, card, reason, message, now)
+        if outcome.blames is not Blamed.BASE or _lacked_base(job, _box(card)):  # a job looks into each box once
+            _count_in_a_row(tx, job)
     elif reason is Reason.OK:
         beside = read_beside(tx.session, [job.job_id]).get(job.job_id, [])
         note_success(tx, [job.node or "", *(share.node for share in beside)])
@@ -330,9 +336,18 @@ def _requeue(tx: Transaction, job: Job, card: str, reason: Reason, message: str,
 def _avoid(job: Job, card: str, reason: Reason, now: dt.datetime) -> None:
     """Make the job's next attempts avoid what failed this one. A box that has its finished result may still take it:
     the rule gives it to that one alone."""
-    blamed = card if OUTCOMES[reason].blames is Blamed.CARD else card.rpartition(":")[0]
-    until = now + dt.timedelta(seconds=AVOIDED_S)
+    blamed = card if OUTCOMES[reason].blames is Blamed.CARD else _box(card)
+    seconds = WITHOUT_BASE_S if reason is Reason.BASE_MISSING else AVOIDED_S
+    until = now + dt.timedelta(seconds=seconds)
     job.avoids = {**(job.avoids or {}), blamed: {"reason": reason.value, "until": until.isoformat()}}
+
+
+def _lacked_base(job: Job, box: str) -> bool:
+    return bool((job.avoids or {}).get(box, {}).get("reason") == Reason.BASE_MISSING.value)
+
+
+def _box(card: str) -> str:
+    return card.rpartition(":")[0]
 
 
 def _count_in_a_row(tx: Transaction, job: Job) -> None:

@@ -81,6 +81,24 @@ def test_a_box_with_a_full_disk_fails_no_job_for_good_and_is_closed(held: HeldLa
     held.until(last, lambda job: job.status is Status.SUCCEEDED)
 
 
+def without_the_base(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> Ended:
+    what = f"base_model {order.spec.base_model} can't be loaded: there is no such folder on this box"
+    return Ended(job_id=order.job_id, reason=Reason.BASE_MISSING, message=what)
+
+
+def test_a_box_without_the_base_fails_no_job_that_another_box_can_train(held: HeldLab) -> None:
+    """Its base_model is a folder that nobody copied to owl: no fault of the job's, and none of owl's for other jobs."""
+    held.start_box("owl", without_the_base)
+    held.start()
+    jobs = [held.submit("--set=max_retries=0", user=user) for user in ("ada", "bob", "cyd", "dan", "ada", "bob")]
+    for job_id in jobs:
+        held.until(job_id, lambda job: job.status is Status.SUCCEEDED, 300)
+        assert held.store.attempts.of_job(job_id)[-1].node == "heron:0"
+    failed = [job_id for job_id in jobs if held.reasons(job_id)[0] is Reason.BASE_MISSING]
+    assert failed and not held.store.cards.drains()
+    assert "there is no such folder on this box" in " ".join(held.cli("status", failed[0], "--full").split())
+
+
 def test_a_box_with_another_store_fails_no_job_and_takes_jobs_once_the_lab_s_is_mounted(
     held: HeldLab, tmp_path: Path
 ) -> None:

@@ -253,6 +253,12 @@ def test_a_format_that_was_set_is_not_guessed_and_unknown_columns_are_listed() -
         detect_format(rows, "d")
     assert caught.value.hint is not None
     assert "alpaca: instruction, output" in caught.value.hint
+    shared = [RawRow(number=1, value={"messages": [{"from": "human", "value": "a"}]})]
+    with pytest.raises(DataError, match="message 1 has no role; it has from, value") as caught:
+        parse_examples(shared, DataFormat.MESSAGES, "d")
+    assert caught.value.hint == "dataset.columns: {conversations: messages} reads such rows"
+    with pytest.raises(DataError, match="known format; completion of this row is null"):
+        detect_format([RawRow(number=1, value={"prompt": "a", "completion": None})], "d")
 
 
 @pytest.mark.parametrize(
@@ -329,6 +335,7 @@ ROLES = "system, user, assistant, tool, human, gpt, chatgpt, function_call, obse
         (None, "messages is missing or null, not a list of messages"),
         ([], "messages is empty"),
         (["hi"], "message 1 is text, not an object with role and content"),
+        ([{"speaker": "a", "content": "b"}], "message 1 has no role; it has speaker, content"),
         ([message("bot")], f"message 1 has the role 'bot', not one of {ROLES}"),
         ([message(["user"])], f"message 1 has the role ['user'], not one of {ROLES}"),
         ([USER, message("assistant", None)], "message 2: content is missing or null, not text"),

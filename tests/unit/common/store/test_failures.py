@@ -9,7 +9,7 @@ import pytest
 from loractl.common.job.status import LAB_FAILURE_LIMIT, LAB_RETRY_DELAY_S, Reason, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import LEASE_S
-from loractl.common.store.queries.endings import AVOIDED_S
+from loractl.common.store.queries.endings import AVOIDED_S, WITHOUT_BASE_S
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
@@ -121,6 +121,43 @@ def test_half_an_hour_later_it_does_not_wait_for_a_busy_card(timed: Store, clock
         assert timed.attempts.beat(long, NOTHING).accepted
         online(timed, "a:0", "b:0")
         assert isinstance(timed.attempts.claim("a:0"), Claim) is free
+
+
+def test_a_job_waits_for_the_busy_box_that_has_its_base(timed: Store, clock: Clock) -> None:
+    online(timed, "a:0", "b:0", "c:0")
+    timed.jobs.submit(submission(user="bob"))
+    long = start(timed, "c:0")
+    job_id = timed.jobs.submit(submission())
+    for node in ("a:0", "b:0"):
+        fail(timed, node, Reason.BASE_MISSING)
+        clock.forward(LAB_RETRY_DELAY_S)
+    for seconds in (AVOIDED_S, WITHOUT_BASE_S - AVOIDED_S - 5 * LAB_RETRY_DELAY_S):
+        clock.forward(seconds)
+        assert timed.attempts.beat(long, NOTHING).accepted
+        online(timed, "a:0", "b:0", "c:0")
+        assert [timed.attempts.claim(node) for node in ("a:0", "b:0")] == [None, None]
+    assert (timed.jobs.get(job_id).held, timed.jobs.get(job_id).lab_failures) == (False, 0)
+    timed.jobs.submit(submission())
+    assert isinstance(timed.attempts.claim("a:0"), Claim), "the boxes take the jobs of others"
+
+
+def test_a_base_that_is_on_no_box_holds_its_job_and_closes_no_box(timed: Store, clock: Clock) -> None:
+    nodes = ("a:0", "b:0")
+    online(timed, *nodes)
+    jobs = [timed.jobs.submit(submission(user=user)) for user in ("ada", "bob", "cyd")]
+    for job_id in jobs:
+        for number in range(len(nodes) + LAB_FAILURE_LIMIT):
+            assert not timed.jobs.get(job_id).held, "each box was looked at once, and then three times in a row"
+            fail(timed, nodes[number % 2], Reason.BASE_MISSING)
+            clock.forward(LAB_RETRY_DELAY_S)
+            online(timed, *nodes)
+        row = timed.jobs.get(job_id)
+        assert (row.held, row.retries_used) == (True, 0)
+        assert row.message == (
+            "held: none of the boxes that could take it has its base model; the last on a:0: because of base_missing"
+        )
+    assert not timed.cards.drains()
+    assert timed.jobs.release(jobs[0], "bob").avoids is None
 
 
 @SQLITE_ALONE

@@ -53,7 +53,8 @@ machine = settings(
 
 # Written down again, not taken from the code: the model must be able to disagree with it.
 LEASE_S, HELD_AFTER, CARD_PAUSE_S = 60, 3, 10
-FAILS = frozenset({Reason.WORKER_LOST, Reason.KILLED, Reason.GPU_ERROR, Reason.DISK_FULL, Reason.STORE_FAILED})
+OF_BOX = frozenset({Reason.DISK_FULL, Reason.STORE_FAILED, Reason.BASE_MISSING})
+FAILS = OF_BOX | {Reason.WORKER_LOST, Reason.KILLED, Reason.GPU_ERROR}
 LAB = FAILS | {Reason.DRAINED, Reason.PREEMPTED, Reason.HOST_LOST}
 COUNTED = frozenset(
     {
@@ -100,6 +101,7 @@ class Known:
     retries: int = 0
     failures: int = 0  # of the lab's, in a row without a further checkpoint
     reached: int | None = None  # the checkpoint at the last of them
+    boxes: dict[str, Reason] = field(default_factory=dict)  # why each box failed it last
     published: Run | None = None
     final: dict[str, Any] | None = None  # the row of a job that has ended
     after: list[Known] = field(default_factory=list)
@@ -139,7 +141,7 @@ class Known:
         elif reason in LAB:
             self.become(Status.QUEUED)
             if reason in FAILS:
-                self.fail_by_the_lab()
+                self.fail_by_the_lab(reason)
                 if reason is not Reason.WORKER_LOST and not self.held:
                     self.not_before = now + dt.timedelta(seconds=CARD_PAUSE_S)
         elif reason in COUNTED and self.retries < self.max_retries:
@@ -155,7 +157,14 @@ class Known:
         if self.status in ENDED and (self.status is not Status.FAILED or reason not in KEEP):
             self.checkpoint = None
 
-    def fail_by_the_lab(self) -> None:
+    def fail_by_the_lab(self, reason: Reason) -> None:
+        assert self.node is not None
+        box = self.node.rpartition(":")[0]
+        before = self.boxes.get(box)
+        if reason in OF_BOX:
+            self.boxes[box] = reason
+        if reason is Reason.BASE_MISSING and before is not reason:
+            return
         step = self.checkpoint.step if self.checkpoint else 0
         self.failures = 1 if self.reached is not None and step > self.reached else self.failures + 1
         self.reached = step
@@ -270,7 +279,7 @@ class Life(RuleBasedStateMachine):
         assert ask(job.job_id, "bob").status is Status.QUEUED
         job.become(Status.QUEUED)
         job.held, job.cancel_asked, job.not_before = False, False, None
-        job.retries, job.failures, job.reached, job.final = 0, 0, None, None
+        job.retries, job.failures, job.reached, job.final, job.boxes = 0, 0, None, None, {}
 
     def gc_forgets_the_checkpoint(self, job: Known) -> None:
         assert (self.store.results.forget_checkpoint(job.job_id) is not None) is (job.status in ENDED)

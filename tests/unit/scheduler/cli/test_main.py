@@ -159,6 +159,7 @@ def test_an_unknown_command_gets_a_hint_and_exit_code_2(cli: Cli, typed: str, hi
         (("submit", "absent.yaml"), ExitCode.USAGE, "Error: absent.yaml: no such file\n"),
         (("status", "--colour"), ExitCode.USAGE, "Error: No such option"),
         (("submit", "--name", "x"), ExitCode.USAGE, "Error: No such option '--name'.\nHint: loractl submit --help\n"),
+        (("submit", "--a.b", "8"), ExitCode.USAGE, "Error: No such option '--a.b'.\nHint: --set a.b=VALUE sets a key"),
         (("status", "--usr", "x"), ExitCode.USAGE, "Error: No such option '--usr'. Did you mean '--user'?\n"),
         (
             ("report", "1", "--html"),
