@@ -11,6 +11,7 @@ the worker is gone.
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
 import logging
 import os
@@ -215,10 +216,10 @@ class DeviceNode:
         """
         end_all(self._place)
         connect(self._settings).dispose()  # checks that the schema is of this version
-        first = arrival = self._row.arrive()
+        arrival, first = self._row.arrive(), dict[str | None, dt.datetime]()  # when each other node was seen first
         while arrival.seen_at is not None:  # until the other node has been silent for so long that its row is free
             node, server = self._place.node, arrival.server
-            if arrival.seen_at != first.seen_at:
+            if first.setdefault(server, arrival.seen_at) != arrival.seen_at:
                 raise NameTaken(node) if server is None else CardTaken(node, server)
             how = "before this machine's last start or on a copy of it" if server is None else f"as {server}"
             log.warning("%s was just served, %s", node, how)

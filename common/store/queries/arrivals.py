@@ -28,13 +28,10 @@ def arrive(tx: Transaction, state: NodeState) -> Arrival:
     tx.add_new(Node, [{**vars(state), "seen_at": now, "free": 0}])
     row = tx.session.scalars(select(Node).where(Node.node == state.node).with_for_update()).one()
     it = identity(row)
-    if it == me:
-        return Arrival(given_back=tuple(give_back(tx, state.node)))
-    if (now - row.seen_at).total_seconds() > NODE_STALE_S:
-        for name, value in vars(me).items():
-            setattr(row, name, value)
-        row.seen_at = now
-        return Arrival()  # what the other node ran has its lease
+    if it == me or (now - row.seen_at).total_seconds() > NODE_STALE_S:
+        for name, value in {**vars(me), "gpu": state.gpu, "seen_at": now}.items():
+            setattr(row, name, value)  # from here on `_server_of` finds it, and on no card that it had before
+        return Arrival(given_back=tuple(give_back(tx, state.node)) if it == me else ())  # else that has its lease
     if it.instance != me.instance or it.machine not in (None, me.machine):
         raise NameTaken(state.node)
     return Arrival(seen_at=row.seen_at)

@@ -111,3 +111,15 @@ def test_a_worker_is_refused_a_card_that_another_serves_under_another_name(held:
         held.start(devices=[ShownCard()], **owl)
     held.stop()
     held.start(devices=[ShownCard()], **owl)
+
+
+def test_a_node_waits_first_for_another_on_its_card_and_then_for_its_own_of_before(held: HeldLab) -> None:
+    """After a restart of the machine that numbers its cards otherwise: no other box has its name."""
+    (place,) = held.places(devices=[ShownCard()])
+    before = {**vars(read_identity(place.settings)), "boot": "before"}
+    held.store.cards.see(node_state("heron:1", gpu=ShownCard.uuid, **before))
+    held.clock.sleep(5)
+    held.store.cards.see(node_state("heron:0", gpu="GPU-bbbb", **before))
+    held.start(devices=[ShownCard()])
+    rows = {row.node: (row.gpu, row.boot == "before") for row in held.store.cards.nodes()}
+    assert rows == {"heron:0": (ShownCard.uuid, False), "heron:1": (ShownCard.uuid, True)}

@@ -135,6 +135,26 @@ def test_of_workers_that_start_together_on_one_card_under_several_names_one_serv
         assert timed.cards.arrive(node_state(f"{host}:0", gpu="SIM-0")).server is None, "one number for all of them"
 
 
+def test_of_workers_that_come_back_to_one_card_under_two_names_one_serves(timed: Store, clock: Clock) -> None:
+    """Their rows are of this very boot, as of containers that were killed and that start again together."""
+    heron, owl = (node_state(f"{host}:0", **{**HERON, "instance": host}, gpu="GPU-1") for host in ("heron", "owl"))
+    for state in (heron, owl):
+        timed.cards.see(state)
+    clock.forward(NODE_STALE_S + 1)
+    assert [timed.cards.arrive(state).server for state in (heron, owl)] == [None, "heron:0"]
+
+
+@pytest.mark.parametrize("boot", ["its boot", "the next"])
+def test_a_node_that_comes_back_with_another_card_keeps_its_former_card_for_no_one(
+    timed: Store, clock: Clock, boot: str
+) -> None:
+    timed.cards.see(heron(gpu="GPU-1"))
+    clock.forward(NODE_STALE_S + 1)
+    assert timed.cards.arrive(heron(gpu="GPU-2", boot=boot)).server is None
+    assert timed.cards.arrive(node_state("heron:1", gpu="GPU-1")).server is None
+    assert timed.cards.arrive(node_state("owl:0", gpu="GPU-2")).server == "heron:0"
+
+
 def test_a_silent_box_is_forgotten_once_no_job_counts_as_running_there(timed: Store, clock: Clock) -> None:
     claim = run(timed)
     timed.cards.see(node_state("heron:1"))
