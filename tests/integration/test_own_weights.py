@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,29 @@ def test_a_base_that_changes_while_its_files_are_hashed_has_no_hash(
         return files
 
     assert identify(str(folder), None, tmp_path)["files"].keys() > {"config.json", "model.safetensors"}
+    monkeypatch.setattr(source, "fingerprint", hashed)
+    with pytest.raises(TrainingFailed, match="model was changed while its files were hashed"):
+        identify(str(folder), None, tmp_path)
+
+
+def test_a_share_that_numbers_a_file_anew_has_changed_no_base_and_a_replaced_file_of_one_date_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SMB and SSHFS may, once the kernel has forgotten a file: loading a large one makes it forget others."""
+    folder, traits_of, looks = make_tiny_model(tmp_path / "model"), source.traits_of, itertools.count()
+
+    def anew(*base: Any) -> source.Traits:
+        look = next(looks)
+        return frozenset((*facts, inode + look) for *facts, inode in traits_of(*base))
+
+    def hashed(*order: Any) -> Any:
+        files, new = fingerprint(*order), tmp_path / "config.json"
+        shutil.copy2(folder / "config.json", new).replace(folder / "config.json")
+        return files
+
+    with monkeypatch.context() as share:
+        share.setattr(source, "traits_of", anew)
+        assert identify(str(folder), None, tmp_path)["files"]
     monkeypatch.setattr(source, "fingerprint", hashed)
     with pytest.raises(TrainingFailed, match="model was changed while its files were hashed"):
         identify(str(folder), None, tmp_path)

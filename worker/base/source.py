@@ -181,14 +181,27 @@ def traits_of(base_model: str, revision: str | None) -> Traits:
     return frozenset((where, name, f.st_size, f.st_mtime_ns, f.st_ctime_ns, f.st_ino) for name, f in facts)
 
 
-def dates_of(base_model: str) -> Traits:
-    """Name, size, date and inode of each file of a base's folder: what `cp` or `git pull` changes, and a link or a
-    permission doesn't. Nothing for a folder that can't be read, and for a model on the hub, where a commit's files stay
-    as they are."""
+Dates = dict[str, tuple[int, ...]]
+"""Size, date, time of the inode's change and inode of each of a base's files, by name."""
+
+
+def dates_of(base_model: str) -> Dates:
+    """Of the files in a base's folder. Nothing for a folder that can't be read, and for a model on the hub, where a
+    commit's files stay as they are."""
     with contextlib.suppress(OSError):
         if Path(base_model).is_absolute():
-            return frozenset((name, size, date, inode) for _, name, size, date, _, inode in traits_of(base_model, None))
-    return frozenset()
+            return {name: tuple(facts) for _, name, *facts in traits_of(base_model, None)}
+    return {}
+
+
+def are_changed(before: Dates, now: Dates) -> bool:
+    """Whether files were changed in between, as `cp` or `git pull` does. A link or a permission alone changes the time
+    of an inode's change; a share without lasting inodes, like SMB without server numbers or SSHFS, alone gives a file
+    another inode once the kernel has forgotten it. A file that was replaced has both anew."""
+    if before.keys() != now.keys():
+        return True
+    pairs = ((facts, now[name]) for name, facts in before.items())
+    return any(a[:2] != b[:2] or (a[2] != b[2] and a[3] != b[3]) for a, b in pairs)
 
 
 class BaseIdentity:
@@ -229,7 +242,7 @@ class BaseIdentity:
         try:
             dates = dates_of(self._base_model)
             self._files = fingerprint(self._folder, self._cache)
-            if dates_of(self._base_model) != dates:  # the hashes may be of files that nobody has loaded
+            if are_changed(dates, dates_of(self._base_model)):  # the hashes may be of files that nobody has loaded
                 what = f"base_model {self._base_model} was changed while its files were hashed"
                 raise TrainingFailed(Reason.TRAINER_ERROR, what)
         except Exception as error:  # noqa: BLE001  raised again where it is waited for

@@ -21,7 +21,7 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import bytes_of_base
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Head, Learner, load_tokenizer
-from loractl.worker.base.source import BaseIdentity, dates_of, family_of, traits_of
+from loractl.worker.base.source import BaseIdentity, are_changed, dates_of, family_of, traits_of
 from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.prompt import templated
@@ -70,7 +70,7 @@ def train(run: Run) -> Ended:
 
     # 2. The base model, in NF4 for QLoRA, a fresh adapter, and the forward pass.
     learner, steps, identity, reference = _ready(run, data, tokenizer)
-    if dates_of(run.spec.base_model) != dates:  # weights of both, or a tokenizer that is not theirs
+    if are_changed(dates, dates_of(run.spec.base_model)):  # weights of both, or a tokenizer that is not theirs
         raise TrainingFailed(Reason.TRAINER_ERROR, f"base_model {run.spec.base_model} was changed while it was loaded")
 
     fresh = _marks(learner.model)
