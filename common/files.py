@@ -311,8 +311,9 @@ def open_files(url: str, doing: Doing = nothing_told, keys: S3Keys | None = None
         }
         with contextlib.suppress(ImportError):  # url_to_fs says that the driver is missing
             options["session"] = _session()
-        if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
-            options["endpoint_url"] = checked_url("AWS_ENDPOINT_URL", "endpoint_url", endpoint)
+        named = next((name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(name)), None)
+        if named is not None:
+            options["endpoint_url"] = checked_url(named, "endpoint_url", os.environ[named])
     if url.startswith("file://"):
         url = unquote(url)  # fsspec takes "mein%20Labor" for a folder's name
     try:

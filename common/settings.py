@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from .channels import Channel, channel_names, read_channels
 from .errors import LoractlError, UsageError
-from .text import slip_of
+from .text import slip_of, without_passwords
 from .units import parse_duration, seconds_of, size_of
 
 _KEYS = (
@@ -246,7 +246,7 @@ def redacted(url: str) -> str:
     """The URL without its user's password, fit for a message or a log."""
     # Not urlsplit: it fails on just those URLs that messages complain about (a bad port, a raw # or / in a password).
     hidden = re.sub(r"^([\w+.-]+://[^:/@]*):.*@", r"\1:***@", url)
-    return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", hidden)
+    return without_passwords(re.sub(r"([?&]\w*password=)[^&]*", r"\1***", hidden))  # ada@server:secret@db as well
 
 
 def make_private(folder: Path) -> None:
@@ -271,7 +271,7 @@ _URLS = {
         "like postgresql://USER:PASSWORD@HOST/loractl; without it SQLite in LORACTL_HOME",
     ),
     "redis_url": (
-        r"rediss?://[^/?]*(/\d*)?(\?.*)?|redis\+socket:///.+",
+        r"rediss?://[^/?]*(/\d*)?(\?.*)?|redis\+socket://([^/?]*@)?/.+",
         "a Redis or Valkey",
         "like redis://:PASSWORD@HOST:6379/0",
     ),
@@ -293,7 +293,8 @@ def checked_url(source: str, key: str, url: str) -> str:
         _ = parts.port
     except ValueError:
         parts = None
-    if parts is None or not parts.scheme or parts.netloc.endswith(":"):
+    cut = parts is not None and parts.netloc.endswith(":") and "@" not in parts.netloc  # by a slash in a password
+    if parts is None or not parts.scheme or cut:
         escaped = "" if key == "artifacts_url" else "; special characters of a password as %XX, a slash as %2F"
         raise UsageError(f"{source} is not a URL", example + escaped)
     if key == "artifacts_url" and _holds_password(url):
@@ -355,7 +356,7 @@ def _config_file(path: Path) -> tuple[dict[str, str], object, S3Keys | None]:
 
 
 def _s3_keys(path: Path, table: object) -> S3Keys | None:
-    """The table [s3]. Raises UsageError, which repeats no value."""
+    """The table [s3]. Raises UsageError, which repeats no key."""
     if table is None:
         return None
     names = ("access_key", "secret_key", "endpoint_url", "region")
@@ -365,4 +366,6 @@ def _s3_keys(path: Path, table: object) -> S3Keys | None:
     ):
         hint = f"texts under {', '.join(names)}; the first two must be there"
         raise UsageError(f"{path}: [s3] names no account of an S3 server", hint)
+    if "endpoint_url" in texts:
+        checked_url(f"{path}: endpoint_url of [s3]", "endpoint_url", texts["endpoint_url"])
     return S3Keys(**texts)

@@ -25,7 +25,7 @@ def storable(text: str) -> str:
 
 
 _SECRETS = (
-    (re.compile(r"(:/{1,2}[^\s:/@]*):(?!PASSWORD@|\d{1,5}(?:[/?#\s]|$))\S*@"), r"\1:***@"),  # no example, no port
+    (re.compile(r"(:/{1,2}[^\s:/]*):(?!PASSWORD@|\d{1,5}(?:[/?#\s]|$))\S*@"), r"\1:***@"),  # no example, no port
     (re.compile(r"(https?:/{1,2})[^\s:/@]+@"), r"\1***@"),  # a token
     (re.compile(r"([?&][\w-]*(?:password|token|secret|signature)=)[^&\s]+", re.IGNORECASE), r"\1***"),
 )

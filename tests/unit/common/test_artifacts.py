@@ -493,9 +493,10 @@ def test_wrong_keys_are_a_sentence(s3_server: services.S3, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:9000", "http://", "ftp://lab"])
-def test_an_endpoint_that_is_no_server_is_refused(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    with pytest.raises(UsageError, match="AWS_ENDPOINT_URL is not the URL of an HTTP server"):
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_an_endpoint_that_is_no_server_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, endpoint: str) -> None:
+    monkeypatch.setenv(name, endpoint)
+    with pytest.raises(UsageError, match=f"{name} is not the URL of an HTTP server"):
         ArtifactStore("s3://loractl/lab")
 
 

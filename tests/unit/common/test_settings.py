@@ -118,6 +118,7 @@ def test_a_postgresql_url_uses_the_driver_that_loractl_ships(tmp_path: Path, sch
         ("redis://:s#ec/ret@db/0", "redis://:***@db/0"),
         ("postgresql://lab:sec@ret@db/loractl", "postgresql://lab:***@db/loractl"),
         ("postgresql://lab:secret@db:port/loractl", "postgresql://lab:***@db:port/loractl"),
+        ("postgresql://ada@server:secret@db/loractl", "postgresql://ada@server:***@db/loractl"),
         ("postgresql://db/loractl?user=lab&password=secret&x=1", "postgresql://db/loractl?user=lab&password=***&x=1"),
     ],
 )
@@ -200,12 +201,25 @@ def test_an_address_of_another_kind_is_refused_with_one_that_is_right(
         ("redis_url", "redis://"),
         ("redis_url", "rediss://:p%40@[::1]:6380/0?ssl_ca_certs=/etc/ca.pem"),
         ("redis_url", "redis+socket:///run/valkey.sock"),
+        ("redis_url", "redis+socket://:secret@/run/valkey.sock"),
+        ("redis_url", "redis://:secret@db:/0"),
         ("artifacts_url", "s3://bucket"),
         ("artifacts_url", "file:///mein%20Labor"),
     ],
 )
 def test_an_address_of_a_known_kind_is_taken(tmp_path: Path, key: str, url: str) -> None:
     assert getattr(load_settings({"LORACTL_HOME": str(tmp_path), f"LORACTL_{key.upper()}": url}), key) == url
+
+
+def test_an_endpoint_in_the_file_is_held_against_the_same_form(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('[s3]\naccess_key = "a"\nsecret_key = "hunter2"\nendpoint_url = "localhost:9000"\n')
+    file.chmod(0o600)
+    with pytest.raises(
+        UsageError, match=r"endpoint_url of \[s3\] is not the URL of an HTTP server: localhost"
+    ) as caught:
+        load_settings({"LORACTL_HOME": str(tmp_path)})
+    assert caught.value.hint == "like http://10.0.0.5:9000"
 
 
 def test_the_folders_of_base_models_are_a_list_like_path(tmp_path: Path) -> None:

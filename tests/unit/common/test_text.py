@@ -19,6 +19,10 @@ from loractl.common.text import without_passwords
             "GET https://a:***@hub:443/x and postgresql://:***@db",
         ),
         (
+            "postgresql://ada@server:hunter2@db and :12/x",
+            "postgresql://ada@server:***@db and :12/x",
+        ),
+        (
             "s3.example/x?X-Amz-Signature=hunter2&a=1 of http://x?token=hunter2",
             "s3.example/x?X-Amz-Signature=***&a=1 of http://x?token=***",
         ),
@@ -38,6 +42,7 @@ def test_no_password_of_a_url_is_shown_in_a_sentence_or_a_hint(text: str, shown:
         "http://localhost:8000/owner/model@main",
         "http://127.0.0.1:9, then ada@lab.example",
         "postgresql://lab@db:5432/x",
+        "postgresql://lab@db:5432/x?options=a@b",
         "file:///a:b@c",
         "like redis://:PASSWORD@HOST:6379/0",
     ],
