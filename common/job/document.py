@@ -152,10 +152,11 @@ class _Loader(yaml.SafeLoader):
     for Python to print."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        self.flatten_mapping(node)
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                key.tag = self.DEFAULT_SCALAR_TAG
+        if isinstance(node, yaml.MappingNode):  # else the loader's own says what and where, as of "!!map [a]"
+            self.flatten_mapping(node)
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    key.tag = self.DEFAULT_SCALAR_TAG
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:

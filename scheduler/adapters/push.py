@@ -92,11 +92,12 @@ def push_adapter(request: PushRequest, store: Store, artifacts: ArtifactStore, u
     place = None if request.to is not None else hub.find_repository(request.repository, public=request.public)
     if place is not None and request.public and place.private:
         note(f"{request.repository} stays private: a push does not change who may read it.")
+    known = _license(chosen, base, note if place is None else None)
     final = report(store, artifacts, chosen.job_id, user).final  # this counts as a look at its final rows
     published = Published(
         repository=request.repository,
         base=base,
-        license=_license(chosen, base, note if place is None else None),
+        license=known,
         datasets=datasets_of(chosen),
         final="" if final is None else final.sentence,
     )

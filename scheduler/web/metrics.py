@@ -213,11 +213,12 @@ def _running(view: FleetView) -> Iterator[Metric]:
     leases = [(on, job.lease_expires_at.timestamp()) for job, on in jobs if job.lease_expires_at is not None]
     what = "When a running job's lease ends unless its worker says something before; one series a job, as its progress"
     yield _gauge("loractl_job_lease_end_timestamp_seconds", what, leases)
+    known = {job.job_id for job in shown}
     parts = [
         ({"job_id": str(occupant.job_id), "host": card.host, "card": card.node}, float(occupant.reserved))
         for card in view.cards.values()
         for occupant in card.running
-        if occupant.job_id in {job.job_id for job in shown}
+        if occupant.job_id in known
     ]
     what = "Bytes that a running job's plan reserves of a card; one series for each card of a job on several"
     yield _gauge("loractl_job_reserved_bytes", what, parts)

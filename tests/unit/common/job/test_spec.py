@@ -657,6 +657,12 @@ def test_a_value_that_pyyaml_fails_on_is_refused(tmp_path: Path, value: str) -> 
     assert "is not valid YAML" in only(write(tmp_path, MINIMAL + f"priority: {value}\n")).what
 
 
+@pytest.mark.parametrize("value", ["!!map [a, b]", "!!map abc", "!!set [a]"])
+def test_a_list_that_is_called_keys_is_refused_with_its_line(tmp_path: Path, value: str) -> None:
+    problem = only(write(tmp_path, MINIMAL + f"labels: {value}\n"))
+    assert problem.what.startswith("is not valid YAML: expected a mapping node, but found ") and problem.line == 4
+
+
 @pytest.mark.parametrize(
     "key",
     [

@@ -24,6 +24,7 @@ from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.records import HELD_OUT_LOSS, Claim, Progress, Submission
 from loractl.common.store.store import Store
+from loractl.scheduler.adapters import hub, push
 from loractl.scheduler.change.amendment import amendment
 from loractl.scheduler.cli.main import cli
 from loractl.scheduler.submit.ancestor import settle_predecessors
@@ -292,6 +293,19 @@ def test_what_began_from_a_sweep_s_member_that_must_stay_is_refused(lab: Lab) ->
     lab.end_well()
     error = lab.refused(f"adapters push {last} lab/support")
     assert error.sentence.endswith("it was begun from that of job 2, whose job says publish: false")
+
+
+def test_a_push_that_ends_before_it_reads_the_final_rows_is_no_look_at_them(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: Any) -> None:
+        raise LoractlError("the hub is away", "try again")
+
+    looks: list[str] = []
+    monkeypatch.setattr(hub, "base_license", away)
+    monkeypatch.setattr(push, "report", lambda *_: looks.append("look"))
+    assert lab.refused(f"{PUSH} --base-name org/base").sentence == "the hub is away"
+    assert not looks
 
 
 def test_what_would_be_pushed_can_be_looked_at_without_a_token_or_a_hub(
