@@ -19,7 +19,7 @@ from pathlib import Path
 
 from loractl.common.placement.cards import Card, Occupant, largest_gpu, suits
 from loractl.common.placement.lines import Lines, Waiting, in_turn
-from loractl.common.placement.replay import PlacementRule, ReplayedJob, replay
+from loractl.common.placement.replay import PlacementRule, ReplayedJob, Rule, replay
 from loractl.common.placement.rule import Placement
 
 from .placement import CONTENTION, HEADER, measured
@@ -38,10 +38,14 @@ def main() -> None:
     load = load_of(replayed, cards) or 0.0
     print(f"{len(held)} jobs; larger than every card, and not replayed: {len(jobs) - len(held)}")
     print(HEADER)
-    rules = {"loractl": PlacementRule(yields=True), "fifo": fifo(), "shortest first*": shortest_first()}
+    rules: dict[str, Rule] = {
+        "loractl": PlacementRule(yields=True),
+        "fifo": fifo(),
+        "shortest first*": shortest_first(),
+    }
     for title, rule in {**rules, "best fit": best_fit()}.items():
         done = replay(replayed, cards, BEGIN, rule, contention=CONTENTION)
-        print(f"{load:4.2f} {title:18}{measured(replayed, done)}", flush=True)
+        print(f"{load:4.2f} {title:18}{measured(replayed, done, cards)}", flush=True)
 
 
 class GreedyRule:

@@ -94,7 +94,7 @@ class Side:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            sys.exit(f"{self._process.args[1]} ended with {self._process.wait()}")  # type: ignore[index]
+            sys.exit(f"{self._process.args!r} ended with {self._process.wait()}")
         found: dict[str, float] = json.loads(line)
         return found
 

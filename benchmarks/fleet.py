@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import text
@@ -147,9 +148,10 @@ def serve(share: tuple[str, list[int], list[Claim], float]) -> Times:
             work()
             time.sleep(max(0.0, began + pause_s * random.uniform(0.8, 1.2) - time.monotonic()))
 
-    loops = [(SEE_S, lambda n=n: look(store, times, n)) for n in nodes]
-    loops += [(ROUND_S, lambda n=n: go_round(store, times, n)) for n in nodes]
-    loops += [(WATCH_S, lambda n=n: watch(store, times, n)) for n in nodes if n % CARDS_A_BOX == 0]
+    loops = list[tuple[float, Callable[[], None]]]()
+    loops += [(SEE_S, partial(look, store, times, n)) for n in nodes]
+    loops += [(ROUND_S, partial(go_round, store, times, n)) for n in nodes]
+    loops += [(WATCH_S, partial(watch, store, times, n)) for n in nodes if n % CARDS_A_BOX == 0]
     loops += [(BEAT_S, Beats(store, times, claim)) for claim in claims]
     threads = [threading.Thread(target=every, args=loop) for loop in loops]
     for thread in threads:

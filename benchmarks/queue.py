@@ -136,13 +136,13 @@ def _in_this_process(settings: Settings, store: Store, file: Path) -> float:
         committed.append(time.time())
         return job_ids
 
-    store.jobs.submit_all = noted  # type: ignore[method-assign]
+    store.jobs.submit_all = noted
     try:
         spec = load_spec(file)
         draft = JobDraft(spec=spec, stored=store_data(spec, open_store(settings)))
         enqueue(plan_all([draft], settings, store)[0], settings, store)
     finally:
-        store.jobs.submit_all = submit_all  # type: ignore[method-assign]
+        store.jobs.submit_all = submit_all
     return committed[0]
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import openai
+from openai.types.chat import ChatCompletionMessageParam
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("sentiment", "summaries", "questions")
@@ -91,8 +92,9 @@ def ask(client: openai.OpenAI, asked: Sequence[Request], clients: int) -> dict[R
     """(answer, tokens) of each request."""
 
     def one(request: Request) -> tuple[str, int]:
-        messages = [{"role": "user", "content": request.prompt}]
+        messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": request.prompt}]
         done = client.chat.completions.create(model=request.model, messages=messages, max_tokens=MAX_TOKENS)
+        assert done.usage is not None
         return done.choices[0].message.content or "", done.usage.completion_tokens
 
     with ThreadPoolExecutor(clients) as pool:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def result_binding(store: Store, job: Job) -> Binding:
-    """The binding of a job's result. Raises AdapterNotFound when it was just removed."""
+    """The binding of a job's result. Raises WrongState when it was just removed."""
     prefix = attempt_prefix(job.job_id, job.attempt)
     if job.manifest_sha256 is not None:
         return Binding(prefix=prefix, manifest_sha256=job.manifest_sha256)

@@ -21,7 +21,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response, S
 from starlette.routing import Route
 
 from loractl import __version__
-from loractl.common.errors import AdapterNotFound, JobNotFound, LoractlError, SweepNotFound, UsageError
+from loractl.common.errors import AdapterNotFound, JobNotFound, LoractlError, SweepNotFound, UsageError, WrongState
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.store import Store
 from loractl.common.text import clean_text
@@ -209,7 +209,7 @@ class NoSuchPage(LoractlError):
         super().__init__("there is no such page")
 
 
-_MISSING = (NoSuchPage, JobNotFound, SweepNotFound, AdapterNotFound)
+_MISSING = (NoSuchPage, JobNotFound, SweepNotFound, AdapterNotFound, WrongState)
 
 
 def _told(error: Exception) -> tuple[str, str | None, int]:

@@ -121,7 +121,7 @@ def test_no_secret_is_left_anywhere(
     for command in (
         ["status", "-a"], ["status", "-a", "--json"], ["status", 1, "--full"], ["status", 1, "--json"],
         ["status", 2, "--full"],
-        ["logs", 1], ["logs", 2], ["report", 1, "--json"], ["adapters", "--json"], ["gpus", "--json"], ["retry", 2],
+        ["logs", 1], ["logs", 2], ["report", 1, "--json"], ["adapters", "--json"], ["gpus", "--json"], ["release", 2],
         ["why", 2], ["adapters", "pull", 1, tmp_path / "pulled"],
     ):  # fmt: skip
         said.append(lab.person(*command))

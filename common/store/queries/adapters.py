@@ -61,10 +61,11 @@ def _find(session: Session, reference: Reference) -> Adapter:
     if adapter is not None:
         return adapter
     job = None if reference.job_id is None else session.get(Job, reference.job_id)
-    if job is None or job.status is Status.SUCCEEDED:
+    if job is None:
         raise AdapterNotFound(str(reference))
-    what = f"job {job.job_id} has no adapter: it {job.status.in_words}"
-    raise WrongState(what, f"loractl status {job.job_id} shows its state")
+    gone = job.status is Status.SUCCEEDED
+    what = "no longer has a result: it was removed" if gone else f"has no adapter: it {job.status.in_words}"
+    raise WrongState(f"job {job.job_id} {what}", f"loractl status {job.job_id} shows its state")
 
 
 def _matching(reference: Reference) -> Select[Adapter]:

@@ -159,3 +159,13 @@ def test_who_asks_for_an_adapter_too_early_reads_what_its_job_does(store: Store,
     with pytest.raises(WrongState, match="it has failed" if end else "it is running") as caught:
         store.adapters.get(Reference(job_id=job_id))
     assert str(caught.value.hint).startswith(f"loractl status {job_id}")
+
+
+def test_who_asks_for_an_adapter_that_was_removed_reads_so(store: Store) -> None:
+    store.jobs.submit(submission())
+    mine = take(store)
+    assert isinstance(mine, Claim)
+    store.attempts.finish(mine, Reason.OK, "trained", Progress(), RESULT)
+    assert store.results.remove(mine.job_id, "ada")
+    with pytest.raises(WrongState, match="job 1 no longer has a result: it was removed"):
+        store.adapters.get(Reference(job_id=mine.job_id))
