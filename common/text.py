@@ -24,8 +24,9 @@ def storable(text: str) -> str:
     return text.replace("\0", REPLACEMENT).encode("utf-8", "replace").decode("utf-8")
 
 
+# No token of a cloud is longer: where no @ follows, each address in a long line of a log is looked at in turn.
 _SECRETS = (
-    (re.compile(r"(:/{1,2}[^\s:/]*):(?!PASSWORD@|\d{1,5}(?:[/?#\s]|$))\S*@"), r"\1:***@"),  # no example, no port
+    (re.compile(r"(:/{1,2}[^\s:/]*):(?!PASSWORD@|\d{1,5}(?:[/?#\s]|$))\S{0,4096}@"), r"\1:***@"),  # no example, no port
     (re.compile(r"(https?:/{1,2})[^\s:/@]+@"), r"\1***@"),  # a token
     (re.compile(r"([?&][\w-]*(?:password|token|secret|signature)=)[^&\s]+", re.IGNORECASE), r"\1***"),
 )

@@ -45,6 +45,7 @@ def test_no_password_of_a_url_is_shown_in_a_sentence_or_a_hint(text: str, shown:
         "postgresql://lab@db:5432/x?options=a@b",
         "file:///a:b@c",
         "like redis://:PASSWORD@HOST:6379/0",
+        '{"url":"http://box:8080",' + '"n":1,' * 1000 + '"by":"ada@lab.example"}',
     ],
 )
 def test_other_text_stays_as_it_is(text: str) -> None:
