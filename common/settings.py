@@ -84,7 +84,7 @@ class Settings:
     max_row: int = MAX_ROW  # bytes of one row of a data file
     max_data: int = MAX_DATA  # bytes of what is unpacked from a data file, or read as a whole
     lease_s: float = LEASE_S  # how long an attempt of this box may be silent; its heartbeats follow from it
-    trainer: str = TRAINER  # the module that trains, run by `python -m`; it speaks worker/protocol.py
+    trainer: str = TRAINER  # the module that trains, run by `python -m`; it speaks worker/protocol
     notify: tuple[str, ...] = ()  # whom this person's jobs notify if they say nothing themselves
     channels: tuple[Channel, ...] = field(default=(), repr=False)  # to which this box's nodes send
     channels_fault: UsageError | None = field(default=None, repr=False)  # why they can't be read; then there are none

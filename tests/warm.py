@@ -48,7 +48,6 @@ MODULES = {
     "tests.full_trainer": HEAVY,
     "loractl.worker.base.self_test": HEAVY,
     "loractl.worker.data.lengths": HEAVY,
-    "loractl.worker.recipe.preparation": HEAVY,
     "loractl.worker.node": LIGHT,
     "loractl.worker.node.health.self_test": LIGHT,
     "loractl.worker.attempt.storage": LIGHT,

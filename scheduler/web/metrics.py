@@ -241,7 +241,7 @@ def _counted(tally: Tally) -> Iterator[Metric]:
     since = "since this server began"
     ended = [((reason,), count) for reason, count in sorted(tally.outcomes.items())]
     yield _counter("loractl_attempts", f"Attempts that ended {since}, by reason", ["reason"], ended)
-    what = f"Attempts that ended {since} for a reason that blames the card or its box"
+    what = f"Attempts that ended {since} for a reason that blames the card or its box, or what the box has of the base"
     blamed = sorted(tally.card_failures.items())
     failed = [((node.rpartition(":")[0], node, reason), count) for (node, reason), count in blamed]
     yield _counter("loractl_card_failures", what, ["host", "card", "reason"], failed)

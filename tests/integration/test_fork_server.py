@@ -222,7 +222,7 @@ def test_many_trainers_in_a_row_and_beside_each_other_leave_nothing_in_the_serve
                 assert end(trainer)[0][1] == own[JOB_VARIABLE]
             sizes.append(process.memory_full_info().uss)
         assert ready(caplog) == [process.pid] and process.children() == [] and process.num_threads() == 1
-        assert process.num_fds() == files and psutil.Process().num_fds() == own_files
+        assert process.num_fds() <= files and psutil.Process().num_fds() <= own_files
         assert max(sizes[2:]) < sizes[1] + 2**20, sizes
 
 

@@ -168,7 +168,8 @@ def test_losses_a_token_have_margins_a_token_and_a_term_for_answers_is_each_pair
         for before, after in zip(base, tuned, strict=True)
     ]
     assert metrics["loss"].tuned == pytest.approx(np.mean(losses), rel=1e-4)
-    assert metrics["preference_margin"].tuned == pytest.approx(np.mean([mean_margin(one) for one in tuned]), rel=1e-4)
+    # a mean near zero: its digits are those of the losses that it is a difference of
+    assert metrics["preference_margin"].tuned == pytest.approx(np.mean([mean_margin(one) for one in tuned]), abs=1e-6)
 
 
 @pytest.mark.parametrize("lean", [False, True], ids=["padded", "lean"])

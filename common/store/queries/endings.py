@@ -57,7 +57,7 @@ _HELD = {
     Reason.GPU_ERROR: "its card failed {} times in a row; the job may cause it",
     Reason.DISK_FULL: "the disk of its box was full {} times in a row",
     Reason.STORE_FAILED: "the artifact store failed it {} times in a row",
-    Reason.BASE_MISSING: "none of the boxes that could take it has its base model",
+    Reason.BASE_MISSING: "its base model was missing on the boxes that took it",
 }
 
 

@@ -154,7 +154,7 @@ def test_a_base_that_is_on_no_box_holds_its_job_and_closes_no_box(timed: Store, 
         row = timed.jobs.get(job_id)
         assert (row.held, row.retries_used) == (True, 0)
         assert row.message == (
-            "held: none of the boxes that could take it has its base model; the last on a:0: because of base_missing"
+            "held: its base model was missing on the boxes that took it; the last on a:0: because of base_missing"
         )
     assert not timed.cards.drains()
     assert timed.jobs.release(jobs[0], "bob").avoids is None
