@@ -84,7 +84,7 @@ def test_a_share_that_numbers_a_file_anew_has_changed_no_base_and_a_replaced_fil
     """As SMB and SSHFS may, once the kernel has forgotten a file: loading a large one makes it forget others."""
     folder, traits_of, looks = make_tiny_model(tmp_path / "model"), source.traits_of, itertools.count()
 
-    def anew(*base: Any) -> source.Traits:
+    def with_new_inodes(*base: Any) -> source.Traits:
         look = next(looks)
         return frozenset((*facts, inode + look) for *facts, inode in traits_of(*base))
 
@@ -94,7 +94,7 @@ def test_a_share_that_numbers_a_file_anew_has_changed_no_base_and_a_replaced_fil
         return files
 
     with monkeypatch.context() as share:
-        share.setattr(source, "traits_of", anew)
+        share.setattr(source, "traits_of", with_new_inodes)
         assert identify(str(folder), None, tmp_path)["files"]
     monkeypatch.setattr(source, "fingerprint", hashed)
     with pytest.raises(TrainingFailed, match="model was changed while its files were hashed"):

@@ -197,7 +197,7 @@ def dates_of(base_model: str) -> Dates:
 def are_changed(before: Dates, now: Dates) -> bool:
     """Whether files were changed in between, as `cp` or `git pull` does. A link or a permission alone changes the time
     of an inode's change; a share without lasting inodes, like SMB without server numbers or SSHFS, alone gives a file
-    another inode once the kernel has forgotten it. A file that was replaced has both anew."""
+    another inode once the kernel has forgotten it. A replaced file has a new inode and a new change time."""
     if before.keys() != now.keys():
         return True
     pairs = ((facts, now[name]) for name, facts in before.items())
