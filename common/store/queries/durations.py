@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+from typing import Any
 
-from sqlalchemy import select, union_all
+from sqlalchemy import CompoundSelect, bindparam, select, union_all
 from sqlalchemy import text as sql
 
 from loractl.common.job.status import Reason, Status
@@ -42,9 +43,7 @@ MEASURED = 1000
 """The most attempts by which predictions are judged, the newest."""
 
 
-def read_timed(tx: Transaction, base_model: str, now: dt.datetime) -> list[TimedRun]:
-    """Attempts whose time was measured, the newest first: those of the newest jobs on the base, and the newest of
-    all."""
+def _timed() -> CompoundSelect[Any]:
     columns = (
         Job.user, Job.base_model, Job.need_key, Job.extent, Attempt.job_id, Attempt.attempt, Attempt.method,
         Attempt.device_name, Attempt.prepared_s, Attempt.trained_s, Attempt.trained_steps, Attempt.started_at,
@@ -55,11 +54,22 @@ def read_timed(tx: Transaction, base_model: str, now: dt.datetime) -> list[Timed
     ended = ended.outerjoin(CardContention, CardContention.device_name == Attempt.device_name)
     ended = ended.where(Attempt.ended_at.is_not(None), ~ON_SEVERAL_CARDS).limit(READ)
     parts = (  # each by an index, and none reads more than it gives
-        ended.where(sql("jobs.attempt > 0"), Job.base_model == base_model).order_by(Job.job_id.desc()),
-        ended.where(Attempt.ended_at > now - RECENT).order_by(Attempt.ended_at.desc()),
+        ended.where(sql("jobs.attempt > 0"), Job.base_model == bindparam("base_model")).order_by(Job.job_id.desc()),
+        ended.where(Attempt.ended_at > bindparam("since")).order_by(Attempt.ended_at.desc()),
     )
-    query = union_all(*(select(part.subquery()) for part in parts))
-    rows = {(row.job_id, row.attempt): row for row in tx.session.execute(query)}
+    return union_all(*(select(part.subquery()) for part in parts))
+
+
+# Made once: SQLAlchemy takes longer to make such a statement than to run it.
+_TIMED = _timed()
+_DEVICES = select(Node.device_name).distinct()
+
+
+def read_timed(tx: Transaction, base_model: str, now: dt.datetime) -> list[TimedRun]:
+    """Attempts whose time was measured, the newest first: those of the newest jobs on the base, and the newest of
+    all."""
+    asked = {"base_model": base_model, "since": now - RECENT}
+    rows = {(row.job_id, row.attempt): row for row in tx.session.execute(_TIMED, asked)}
     newest = sorted(rows.values(), key=lambda row: row.ended_at, reverse=True)
     return [
         TimedRun(
@@ -90,7 +100,7 @@ def _between(start: dt.datetime, end: dt.datetime) -> float:
 
 def read_devices(tx: Transaction) -> list[str]:
     """The models of the fleet's cards."""
-    return sorted(tx.session.scalars(select(Node.device_name).distinct()))
+    return sorted(tx.session.scalars(_DEVICES))
 
 
 class Forecasts:
