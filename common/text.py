@@ -26,9 +26,13 @@ def storable(text: str) -> str:
 
 # No token of a cloud is longer: where no @ follows, each address in a long line of a log is looked at in turn.
 _SECRETS = (
-    (re.compile(r"(:/{1,2}[^\s:/]*):(?!PASSWORD@|\d{1,5}(?:[/?#\s]|$))\S{0,4096}@"), r"\1:***@"),  # no example, no port
+    (
+        # not the example's, and not a port, which stands behind a host and before a slash, a quote or the end
+        re.compile(r"(:/{1,2}[^\s:/]*):(?!PASSWORD@|(?<!/:)\d{1,5}(?:[/?#\s\"]|$))\S{0,4096}@"),
+        r"\1:***@",
+    ),
     (re.compile(r"(https?:/{1,2})[^\s:/@]+@"), r"\1***@"),  # a token
-    (re.compile(r"([?&][\w-]*(?:password|token|secret|signature)=)[^&\s]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"([?&][\w-]*(?:password|token|secret|signature)=)[^&\s]*[^&\s:]", re.IGNORECASE), r"\1***"),
 )
 
 

@@ -22,6 +22,8 @@ from loractl.common.text import without_passwords
             "postgresql://ada@server:hunter2@db and :12/x",
             "postgresql://ada@server:***@db and :12/x",
         ),
+        ("redis://:12/hunter2@queue is no URL", "redis://:***@queue is no URL"),
+        ("http://x?password=hunter2: refused", "http://x?password=***: refused"),
         (
             "s3.example/x?X-Amz-Signature=hunter2&a=1 of http://x?token=hunter2",
             "s3.example/x?X-Amz-Signature=***&a=1 of http://x?token=***",
@@ -44,6 +46,7 @@ def test_no_password_of_a_url_is_shown_in_a_sentence_or_a_hint(text: str, shown:
         "postgresql://lab@db:5432/x",
         "postgresql://lab@db:5432/x?options=a@b",
         "file:///a:b@c",
+        '{"url":"http://box:8080","mail":"ada@lab.example"}',
         "like redis://:PASSWORD@HOST:6379/0",
         '{"url":"http://box:8080",' + '"n":1,' * 1000 + '"by":"ada@lab.example"}',
     ],
