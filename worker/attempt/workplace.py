@@ -12,7 +12,7 @@ from typing import Literal, Protocol, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential
 
-from loractl.common.errors import LoractlError, SchemaMismatch, ServiceUnreachable
+from loractl.common.errors import LoractlError, ServiceUnreachable
 from loractl.common.queue.hints import wake_cards
 from loractl.common.settings import Settings
 from loractl.common.store.database import absence, outage
@@ -41,7 +41,7 @@ class Drain:
         self.grace_s = grace_s
         self._lock = threading.RLock()  # a signal handler asks, in whatever the main thread does at that moment
         self.asked: Wish | None = None  # what the worker wants, whatever people have ordered
-        self.mismatch: SchemaMismatch | None = None  # why the tables can't be served any more, if that ends the worker
+        self.why: LoractlError | None = None  # why this node can't serve any more, if it ends by itself
         self.ordered = False  # a person drains this device at once
         self.alone = False  # the coming stop is only this node's: its worker starts another, and other nodes continue
 

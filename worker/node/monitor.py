@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from loractl.common.errors import ArtifactError, SchemaMismatch, ServiceUnreachable
+from loractl.common.errors import ArtifactError, CardTaken, LoractlError, NameTaken, SchemaMismatch, ServiceUnreachable
 from loractl.common.placement.cards import MARGIN_BYTES, Card
 from loractl.common.placement.lines import VRAM_CLASSES, served_classes
 from loractl.common.queue.hints import HintQueues, card_queue, queue_name
@@ -70,7 +70,8 @@ class DeviceRow:
         return self._place.store.cards.arrive(self._state(draining=False))
 
     def write(self, *, draining: bool) -> Card:
-        """Look at the device and write its row; returns the card with what runs on it. Raises NameTaken."""
+        """Look at the device and write its row; returns the card with what runs on it. Raises NameTaken,
+        CardTaken."""
         return self._place.store.cards.see(self._state(draining=draining))
 
     def _state(self, *, draining: bool) -> NodeState:
@@ -227,7 +228,7 @@ class Monitor:
             work()
         except ServiceUnreachable as error:
             log.warning("%s", error.sentence)
-        except SchemaMismatch as error:
+        except (SchemaMismatch, NameTaken, CardTaken) as error:
             self._leave(error)
         except REFUSALS as error:
             if (why := outage(error)) is not None:
@@ -244,12 +245,14 @@ class Monitor:
             return
         self._failures[what] = 0
 
-    def _leave(self, mismatch: SchemaMismatch) -> None:
-        """End the node: what this version reads and writes may mean something else in these tables."""
-        if self._place.drain.mismatch is None:
+    def _leave(self, why: LoractlError) -> None:
+        """End the node: what this version reads and writes may mean something else in these tables, or another node
+        serves in its place."""
+        if self._place.drain.why is None:
             what = "claims nothing more, and ends once its jobs have saved a checkpoint"
-            log.error("%s: %s %s", mismatch.sentence, self._place.node, what)
-            self._place.drain.mismatch = mismatch
+            log.error("%s: %s %s", why.sentence, self._place.node, what)
+            self._place.drain.why = why
+            self._place.drain.alone = not isinstance(why, SchemaMismatch)
             self._place.drain.ask("checkpoint")
             os.kill(os.getpid(), signal.SIGTERM)
 

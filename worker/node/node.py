@@ -90,7 +90,10 @@ class DeviceNode:
         )
 
     def serve(self) -> None:
-        """Consume until told to stop, then wait for the running jobs. Blocks. Raises SchemaMismatch, NameTaken."""
+        """Consume until told to stop, then wait for the running jobs. Blocks.
+
+        Raises SchemaMismatch, NameTaken, CardTaken.
+        """
         # imported before the first message, which must be answered in milliseconds: a claim reads a spec
         from celery import signals
         from celery.platforms import SecurityWarning
@@ -123,8 +126,8 @@ class DeviceNode:
             self._shut_down()
             self.end()
             self._lock.close()
-        if (mismatch := self._place.drain.mismatch) is not None:
-            raise mismatch
+        if (why := self._place.drain.why) is not None:
+            raise why
 
     def begin(self) -> None:
         """Start the threads. They find waiting jobs even without messages."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
-
 from sqlalchemy import select
 
 from loractl.common.errors import NameTaken
@@ -12,7 +10,7 @@ from ..fleet import NODE_STALE_S
 from ..records import Arrival, NodeState
 from ..tables import Node
 from ..transaction import Transaction
-from .cards.nodes import identity
+from .cards.nodes import identity, server_of
 from .endings import give_back
 
 
@@ -21,7 +19,7 @@ def arrive(tx: Transaction, state: NodeState) -> Arrival:
 
     With `seen_at` in the answer nothing was done yet.
     """
-    if (other := _server_of(tx, state)) is not None:
+    if (other := server_of(tx, state)) is not None:
         return Arrival(seen_at=other.seen_at, server=other.node)
     now, me = tx.now(), identity(state)
     # first, so that of two new nodes with one name the second waits here, and then finds the first
@@ -30,19 +28,8 @@ def arrive(tx: Transaction, state: NodeState) -> Arrival:
     it = identity(row)
     if it == me or (now - row.seen_at).total_seconds() > NODE_STALE_S:
         for name, value in {**vars(me), "gpu": state.gpu, "seen_at": now}.items():
-            setattr(row, name, value)  # from here on `_server_of` finds it, and on no card that it had before
+            setattr(row, name, value)  # from here on `server_of` finds it, and on no card that it had before
         return Arrival(given_back=tuple(give_back(tx, state.node)) if it == me else ())  # else that has its lease
     if it.instance != me.instance or it.machine not in (None, me.machine):
         raise NameTaken(state.node)
     return Arrival(seen_at=row.seen_at)
-
-
-def _server_of(tx: Transaction, state: NodeState) -> Node | None:
-    """A live node of another name that serves the same card: each would promise the memory that the other has promised.
-    Simulated cards and processors have no number that is theirs alone."""
-    if not state.gpu.startswith(("GPU-", "MIG-")):
-        return None
-    tx.wait_for(f"card {state.gpu}")  # of two that arrive at once the second finds the first
-    same = select(Node).where(Node.gpu == state.gpu, Node.node != state.node)
-    live = same.where(Node.seen_at >= tx.now() - dt.timedelta(seconds=NODE_STALE_S))
-    return tx.session.scalars(live.order_by(Node.seen_at.desc()).limit(1)).first()

@@ -112,7 +112,7 @@ def test_a_node_looks_by_itself_whether_its_tables_went_on(store: Store, tmp_pat
         time.sleep(0.05)
     monitor.stop()
     signal.signal(signal.SIGTERM, before)
-    assert left == [signal.SIGTERM] and place.drain.mismatch is not None
+    assert left == [signal.SIGTERM] and place.drain.why is not None
 
 
 def test_a_full_card_does_not_look_for_jobs(store: Store, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from loractl.common.errors import CardTaken, ExitCode
+from loractl.common.job.status import Status
 from loractl.common.queue.valkey import broker_url, embedded_runs, stop_embedded
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import connect
@@ -111,6 +112,24 @@ def test_a_worker_is_refused_a_card_that_another_serves_under_another_name(held:
         held.start(devices=[ShownCard()], **owl)
     held.stop()
     held.start(devices=[ShownCard()], **owl)
+
+
+def test_a_worker_that_was_frozen_while_another_took_its_card_saves_its_job_and_ends(
+    held: HeldLab, caplog: pytest.LogCaptureFixture
+) -> None:
+    terminate = signal.signal(signal.SIGTERM, lambda *_: None)  # a node sends it to itself, which ends Celery
+    job_id = held.submit(steps=1000)
+    (place,) = held.start(devices=[ShownCard()])
+    held.until(job_id, lambda job: job.has_checkpoint)
+    held.store.cards.see(node_state("owl:0", gpu=ShownCard.uuid, instance="owl"))
+    with held.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE nodes SET seen_at = '2000-01-01 00:00:00' WHERE node = 'heron:0'")
+    job = held.until(job_id, lambda job: job.status is Status.QUEUED, seconds=60)
+    held.stop()
+    signal.signal(signal.SIGTERM, terminate)
+    assert isinstance(place.drain.why, CardTaken) and job.has_checkpoint
+    assert "owl:0 serves the card of heron:0: heron:0 claims nothing more, and ends once" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 def test_a_node_waits_first_for_another_on_its_card_and_then_for_its_own_of_before(held: HeldLab) -> None:

@@ -53,8 +53,8 @@ def test_a_worker_whose_tables_go_on_gives_its_job_up_and_says_in_a_sentence_wha
         lab.clock.sleep(0.1)
     lab.stop()
     assert lab.clock.now() < began + 60, "nothing waits for a database that will never answer"
-    assert isinstance(place.drain.mismatch, SchemaMismatch)
-    assert place.drain.mismatch.hint == "upgrade loractl on this machine, then start it again"
+    assert isinstance(place.drain.why, SchemaMismatch)
+    assert place.drain.why.hint == "upgrade loractl on this machine, then start it again"
     sentence = f"the database is at revision 9999, this loractl needs revision {HEAD}"
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     leaves = f"{sentence}: heron:0 claims nothing more, and ends once its jobs have saved a checkpoint"

@@ -10,7 +10,7 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, Row, Select, Table, and_, bindparam, delete, exists, or_, select
 from sqlalchemy.orm import Session
 
-from loractl.common.errors import NameTaken, UsageError, WrongState
+from loractl.common.errors import CardTaken, NameTaken, UsageError, WrongState
 from loractl.common.job.method import Method
 from loractl.common.job.status import OUTCOMES, Blamed, Reason, Status
 from loractl.common.placement.cards import Card
@@ -49,23 +49,49 @@ def identity(node: NodeState | Node) -> BoxIdentity:
 
 
 def see(tx: Transaction, state: NodeState) -> Card:
-    """Write a device's row, last seen now. Returns the card with what runs on it. Raises NameTaken."""
+    """Write a device's row, last seen now. Returns the card with what runs on it. Raises NameTaken, CardTaken."""
     now = tx.now()
     running = tx.session.execute(_ON_CARD, {"node": state.node}).all()
     card = card_of(Node(**vars(state), seen_at=now), running, now, drained_targets(tx.session, now))
     seen = {**vars(state), "seen_at": now, "free": card.free}
     row = storable_row(cast(Table, Node.__table__), seen)  # a sensor says what it likes
+    stale = now - dt.timedelta(seconds=NODE_STALE_S)
     if state.instance is None:
         tx.put(Node, "node", row)
-    elif not tx.put(Node, "node", row, _may_be_taken, stale=now - dt.timedelta(seconds=NODE_STALE_S)):
-        raise NameTaken(state.node)
+    elif not tx.put(Node, "node", row, _is_served, stale=stale):  # it was frozen, or its database away
+        if (other := server_of(tx, state)) is not None:
+            raise CardTaken(state.node, other.node)
+        if not tx.put(Node, "node", row, _may_be_taken, stale=stale):
+            raise NameTaken(state.node)
     return card
+
+
+def server_of(tx: Transaction, state: NodeState) -> Node | None:
+    """A live node of another name that serves the same card: each would promise the memory that the other has promised.
+    Simulated cards and processors have no number that is theirs alone."""
+    if not state.gpu.startswith(("GPU-", "MIG-")):
+        return None
+    tx.wait_for(f"card {state.gpu}")  # of two that arrive at once the second finds the first
+    same = select(Node).where(Node.gpu == state.gpu, Node.node != state.node)
+    live = same.where(Node.seen_at >= tx.now() - dt.timedelta(seconds=NODE_STALE_S))
+    return tx.session.scalars(live.order_by(Node.seen_at.desc()).limit(1)).first()
+
+
+_STALE = bindparam("stale", type_=UtcDateTime())
+
+
+def _is_own(new: NewRow) -> ColumnElement[bool]:
+    return and_(*(getattr(Node, key).is_not_distinct_from(new[key]) for key in ("instance", "machine", "boot")))
+
+
+def _is_served(new: NewRow) -> ColumnElement[bool]:
+    """Of a node's row: the same start of the same box has written it lately."""
+    return and_(_is_own(new), Node.seen_at >= _STALE)
 
 
 def _may_be_taken(new: NewRow) -> ColumnElement[bool]:
     """Of a node's row: the same start of the same box wrote it, or nobody serves it any more, or an older version."""
-    own = and_(*(getattr(Node, key).is_not_distinct_from(new[key]) for key in ("instance", "machine", "boot")))
-    return or_(own, Node.seen_at < bindparam("stale", type_=UtcDateTime()), Node.instance.is_(None))
+    return or_(_is_own(new), Node.seen_at < _STALE, Node.instance.is_(None))
 
 
 def forget(tx: Transaction, node: str, box: BoxIdentity | None = None) -> None:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from loractl.common.errors import NameTaken, UsageError, WrongState
+from loractl.common.errors import CardTaken, NameTaken, UsageError, WrongState
 from loractl.common.job.status import Reason, Status
 from loractl.common.settings import LEASE_S
 from loractl.common.store.fleet import NODE_STALE_S
@@ -142,6 +142,24 @@ def test_of_workers_that_come_back_to_one_card_under_two_names_one_serves(timed:
         timed.cards.see(state)
     clock.forward(NODE_STALE_S + 1)
     assert [timed.cards.arrive(state).server for state in (heron, owl)] == [None, "heron:0"]
+
+
+def test_a_worker_that_was_frozen_while_another_took_its_card_is_refused_and_gets_no_job(
+    timed: Store, clock: Clock
+) -> None:
+    owl = node_state("owl:0", **{**HERON, "instance": "owl"}, gpu="GPU-1")
+    timed.cards.see(heron(gpu="GPU-1"))
+    clock.forward(NODE_STALE_S + 1)
+    assert timed.cards.arrive(owl).server is None
+    timed.cards.see(owl)
+    timed.jobs.submit(submission())
+    for _ in range(2):
+        with pytest.raises(CardTaken, match="owl:0 serves the card of heron:0"):
+            timed.cards.see(heron(gpu="GPU-1"))
+        assert not isinstance(timed.attempts.claim("heron:0"), Claim)
+    assert isinstance(timed.attempts.claim("owl:0"), Claim)
+    clock.forward(NODE_STALE_S + 1)
+    assert timed.cards.see(heron(gpu="GPU-1")).open, "nobody serves it any more"
 
 
 @pytest.mark.parametrize("boot", ["its boot", "the next"])
