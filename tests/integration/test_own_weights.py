@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,41 @@ def test_a_base_that_changes_while_it_is_loaded_is_not_trained_on(
     assert failed.value.reason is Reason.TRAINER_ERROR
     monkeypatch.setattr(training, "base_of", base_of)
     assert recipe("b", job={"base_model": str(folder)})[0].reason is Reason.OK
+
+
+def test_a_share_that_goes_away_during_loading_is_not_the_job_s_fault(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, base_of = make_tiny_model(tmp_path / "model"), training.base_of
+
+    def unmounted(*order: Any) -> Any:
+        base = base_of(*order)
+        folder.rename(tmp_path / "elsewhere")
+        return base
+
+    monkeypatch.setattr(training, "base_of", unmounted)
+    with pytest.raises(TrainingFailed, match="there is no such folder on this box") as failed:
+        recipe(job={"base_model": str(folder)})
+    assert failed.value.reason is Reason.BASE_MISSING
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, None])
+def test_a_share_that_goes_away_while_its_files_are_hashed_is_not_the_job_s_fault(
+    number: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_model(tmp_path / "model")
+
+    def hashed(*order: Any) -> Any:
+        if number is not None:
+            raise OSError(number, os.strerror(number))
+        files = fingerprint(*order)
+        folder.rename(tmp_path / "elsewhere")
+        return files
+
+    monkeypatch.setattr(source, "fingerprint", hashed)
+    with pytest.raises(TrainingFailed, match="model can't be read: ") as failed:
+        identify(str(folder), None, tmp_path)
+    assert failed.value.reason is Reason.BASE_MISSING
 
 
 def test_a_base_that_changes_while_its_files_are_hashed_has_no_hash(

@@ -246,7 +246,8 @@ class BaseIdentity:
                 what = f"base_model {self._base_model} was changed while its files were hashed"
                 raise TrainingFailed(Reason.TRAINER_ERROR, what)
         except Exception as error:  # noqa: BLE001  raised again where it is waited for
-            self._error = error
+            what, away = f"base_model {self._base_model} can't be read", _not_here(self._folder, error)
+            self._error = error if away is None else TrainingFailed(Reason.BASE_MISSING, f"{what}: {away}")
 
 
 def source_of(base_model: str, revision: str | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import bytes_of_base
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Head, Learner, load_tokenizer
-from loractl.worker.base.source import BaseIdentity, are_changed, dates_of, family_of, traits_of
+from loractl.worker.base.source import BaseIdentity, Dates, are_changed, check_folder, dates_of, family_of, traits_of
 from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.prompt import templated
@@ -69,10 +69,7 @@ def train(run: Run) -> Ended:
     run.check_stop()
 
     # 2. The base model, in NF4 for QLoRA, a fresh adapter, and the forward pass.
-    learner, steps, identity, reference = _ready(run, data, tokenizer)
-    if are_changed(dates, dates_of(run.spec.base_model)):  # weights of both, or a tokenizer that is not theirs
-        raise TrainingFailed(Reason.TRAINER_ERROR, f"base_model {run.spec.base_model} was changed while it was loaded")
-
+    learner, steps, identity, reference = _ready(run, data, tokenizer, dates)
     fresh = _marks(learner.model)
 
     # 3. Train, from the newest checkpoint of this same training if there is one.
@@ -133,13 +130,16 @@ def _note_data(run: Run, data: PreparedData) -> None:
 
 
 def _ready(
-    run: Run, data: PreparedData, tokenizer: Any
+    run: Run, data: PreparedData, tokenizer: Any, dates: Dates
 ) -> tuple[Learner, ForwardPass, BaseIdentity, FrozenReference | None]:
     """The model with a fresh adapter, its forward pass, what identifies the base once hashed, and what pairs are
-    compared with. Raises TrainingFailed."""
+    compared with. `dates`: of the base's files before any was read. Raises TrainingFailed."""
     head = run.kind.head(run.spec, data, tokenizer)
     gang = gathered(run.order, head, tokenizer.pad_token_id)
     learner, identity = _load(run, data, tokenizer, head, gang)
+    check_folder(run.spec.base_model)  # a share that has gone away meanwhile has changed nothing
+    if are_changed(dates, dates_of(run.spec.base_model)):  # weights of both, or a tokenizer that is not theirs
+        raise TrainingFailed(Reason.TRAINER_ERROR, f"base_model {run.spec.base_model} was changed while it was loaded")
     loss, checks = run.kind.loss(run.spec), _checks(run, learner)
     lengths = lengths_of(data)
     longest = max(lengths.train, lengths.evaluate)
