@@ -229,7 +229,7 @@ class BaseIdentity:
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """What the report says about the base model: `commit` (None for a folder), `files`, one sha256 for all of them,
         and `publish: false` if an adapter that must stay in the lab is merged into it. `meanwhile` is called each
-        second until all is hashed. Raises OSError, and TrainingFailed if a file changed meanwhile."""
+        second until all is hashed. Raises OSError, and TrainingFailed if a file changed or the folder has gone."""
         while self._thread.is_alive():
             self._thread.join(1.0)
             meanwhile()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from loractl.common.artifacts import sha256_of
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.source import BaseIdentity, identify
 
 
@@ -30,5 +31,5 @@ def test_a_base_into_which_an_adapter_is_merged_that_must_stay_in_the_lab_says_s
 
 def test_waiting_for_the_hashes_of_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     identity = BaseIdentity(str(tmp_path / "gone"), None, tmp_path / "cache")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(TrainingFailed, match="gone can't be read: there is no such folder on this box"):
         identity.wait()
