@@ -61,18 +61,17 @@ class Paced:
         elif isinstance(message, Stepped):
             if message.eta_seconds is not None:
                 self._told = message.eta_seconds, now
-            if self._trains:
-                self._step(message.step, now)
-
-    def _step(self, step: int, now: float) -> None:
-        if self.prepared_s is None:
-            self.prepared_s = now - self.began
-        if self._last is not None and step > self._last[1]:
-            self.trained_s += now - self._last[0]
-            self.steps += step - self._last[1]
-            self.shared_steps += (step - self._last[1]) * self.others()
-        if self._last is None or step > self._last[1]:
-            self._last = now, step
+            if not self._trains:
+                return
+            step, last = message.step, self._last
+            if self.prepared_s is None:
+                self.prepared_s = now - self.began
+            if last is not None and step > last[1]:
+                self.trained_s += now - last[0]
+                self.steps += step - last[1]
+                self.shared_steps += (step - last[1]) * self.others()
+            if last is None or step > last[1]:
+                self._last = now, step
 
     def left_s(self, now: float) -> float | None:
         """Until the attempt's end: by what its trainer measures, before that as it was predicted."""

@@ -170,7 +170,11 @@ def _ranks(place: Workplace, claim: Claim) -> list[Rank]:
     cards."""
     if len(claim.shares) < 2:
         return []
-    cards = [(share, _card_of(place, share.node)) for share in claim.shares]
+    prefix = f"{place.settings.host}:"
+    cards = [
+        (s, place.device if s.node == place.node else find_device(place.settings, s.node.removeprefix(prefix)))
+        for s in claim.shares
+    ]
     return [
         Rank(
             rank=number,
@@ -182,13 +186,6 @@ def _ranks(place: Workplace, claim: Claim) -> list[Rank]:
         )
         for number, (share, card) in enumerate(cards)
     ]
-
-
-def _card_of(place: Workplace, node: str) -> Device:
-    """A card of this box by its node's name."""
-    if node == place.node:
-        return place.device
-    return find_device(place.settings, node.removeprefix(f"{place.settings.host}:"))
 
 
 def _ancestor(place: Workplace, attempt: SupervisedAttempt) -> Ancestor | None:

@@ -121,7 +121,13 @@ def clean(place: Workplace, attempt: SupervisedAttempt, status: Status | None) -
         shutil.rmtree(attempt.folder / name, ignore_errors=True)
     if not (attempt.folder / READY).exists():
         shutil.rmtree(attempt.folder / "result", ignore_errors=True)
-    _thin_out(attempt)
+    # of several attempts on this box, keep only the newest checkpoints, and finished results
+    found = [path for folder in _own(attempt) for path in folder.glob("checkpoints/checkpoint-*")]
+    for checkpoint in sorted(found, key=_reached)[:-CHECKPOINTS_KEPT]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    for folder in _own(attempt):
+        if not (folder / READY).exists() and not any(folder.glob("checkpoints/checkpoint-*")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_room(place: Workplace, folder: Path, needed: int) -> None:
@@ -170,16 +176,6 @@ def _remove(place: Workplace, attempt: SupervisedAttempt) -> None:
         place.artifacts.watched(REMOVAL).remove_checkpoints(job_id, number)
     except (ArtifactError, ServiceUnreachable) as error:
         log.warning("job %s: its checkpoints stay for loractl gc: %s", job_id, error.sentence)
-
-
-def _thin_out(attempt: SupervisedAttempt) -> None:
-    """Of several attempts on this box, keep only the newest checkpoints, and finished results."""
-    found = [path for folder in _own(attempt) for path in folder.glob("checkpoints/checkpoint-*")]
-    for checkpoint in sorted(found, key=_reached)[:-CHECKPOINTS_KEPT]:
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    for folder in _own(attempt):
-        if not (folder / READY).exists() and not any(folder.glob("checkpoints/checkpoint-*")):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reached(checkpoint: Path) -> tuple[int, int]:

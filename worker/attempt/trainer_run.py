@@ -86,7 +86,10 @@ def _run(place: Workplace, attempt: SupervisedAttempt, start: Start, upload: Che
     _take_all(trainer.told, attempt)
     _hand_on(attempt, upload)
     if attempt.heard.end is None and attempt.own.forced is None and not attempt.own.lease_lost:
-        attempt.heard.ended = _unexpected_end(attempt, start, trainer.returncode, kernel_kills_since(kills))
+        killed, printed, on_card = kernel_kills_since(kills), attempt.unwritten.log.end(), start.device == "cuda"
+        limited = not on_card and start.memory_limit is not None
+        why = exit_reason(trainer.returncode, printed, kernel_kills=killed, limited=limited, on_card=on_card)
+        attempt.heard.ended = Ended(job_id=start.job_id, **why)
         attempt.heard.wordless = True
 
 
@@ -115,14 +118,6 @@ def _watch(place: Workplace, attempt: SupervisedAttempt, trainer: TrainerProcess
             return
         if attempt.heard.end is None and (wish := wanted_stop(place, attempt)) is not None:
             ask_to_stop(attempt, wish)
-
-
-def _unexpected_end(attempt: SupervisedAttempt, start: Start, code: int | None, kills: int | None) -> Ended:
-    """Why a trainer ended without a message about it. `kills`: by the kernel, since the trainer started."""
-    on_card = start.device == "cuda"
-    limited, printed = not on_card and start.memory_limit is not None, attempt.unwritten.log.end()
-    why = exit_reason(code, printed, kernel_kills=kills, limited=limited, on_card=on_card)
-    return Ended(job_id=start.job_id, **why)
 
 
 def _lighter(attempt: SupervisedAttempt, start: Start) -> Start | None:

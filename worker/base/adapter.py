@@ -22,7 +22,12 @@ def save_adapter(model: Any, tokenizer: Any, spec: JobSpec, folder: Path) -> Non
     model.create_or_update_model_card = lambda _: None  # it is half of what saving takes
     model.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
-    _rewrite_config(folder / CONFIG, spec)
+    # the allowed keys; the base is what the job named, not its path on this box
+    written = json.loads((folder / CONFIG).read_text("utf-8"))
+    kept = allowed(written) | {"base_model_name_or_path": portable_name(spec.base_model), "revision": spec.revision}
+    if isinstance(targets := kept.get("target_modules"), list):
+        kept["target_modules"] = sorted(targets)
+    (folder / CONFIG).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")
     for path in list(folder.rglob("*")):
         if path.is_file() and path.suffix not in SUFFIXES:
             path.unlink()
@@ -67,15 +72,6 @@ def differing(model: Any, saved: dict[str, Any]) -> list[str]:
     own = get_peft_model_state_dict(model)
     unequal = [name for name in saved.keys() & own.keys() if not torch.equal(saved[name], own[name].cpu())]
     return sorted(saved.keys() ^ own.keys()) + unequal
-
-
-def _rewrite_config(path: Path, spec: JobSpec) -> None:
-    """Keep the allowed keys; the base is what the job named, not its path on this box."""
-    written = json.loads(path.read_text("utf-8"))
-    kept = allowed(written) | {"base_model_name_or_path": portable_name(spec.base_model), "revision": spec.revision}
-    if isinstance(targets := kept.get("target_modules"), list):
-        kept["target_modules"] = sorted(targets)
-    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def load_weights(model: Any, path: Path) -> None:

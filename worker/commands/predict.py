@@ -122,16 +122,11 @@ def _lines(output: Path | None, rows: int) -> Iterator[TextIO]:
         with part.open("w", encoding="utf-8") as file:
             yield file
     except BaseException:  # Ctrl-C too
-        _tell_what_is_left(part, rows)
+        with part.open(encoding="utf-8") as file:
+            done = sum(1 for _ in file)
+        if done:
+            tell(f"Interrupted after {done} of {rows} rows; {part} has them.")
+        else:
+            part.unlink()
         raise
     part.replace(output)
-
-
-def _tell_what_is_left(part: Path, rows: int) -> None:
-    """Report a part with lines; remove one without."""
-    with part.open(encoding="utf-8") as file:
-        done = sum(1 for _ in file)
-    if done:
-        tell(f"Interrupted after {done} of {rows} rows; {part} has them.")
-    else:
-        part.unlink()

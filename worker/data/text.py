@@ -106,9 +106,13 @@ def row_text(dataset: DatasetSpec, shown: TrainedRow, tokenizer: Any, *, styled:
     """One row to train on, with its learned part marked."""
     data = shown.data
     final = "" if data.final is None else f", {data.final.rows.examples} final"
+    if len(shown.rows) == 1:
+        size = _size(shown.rows[0], data.label_names, data.format)
+    else:
+        tokens, learned = sum(len(row.labels) for row in shown.rows), sum(map(learned_tokens, shown.rows))
+        size = f"{tokens} tokens, {learned} learned"
     lines = [
-        f"Row {shown.rows[0].number} of {', '.join(s.path for s in dataset.sources)}: "
-        f"{_sizes(shown.rows, data.label_names, data.format)}.",
+        f"Row {shown.rows[0].number} of {', '.join(s.path for s in dataset.sources)}: {size}.",
         f"Format {data.format.value}: {data.why}. "
         f"{data.train.rows.examples} {_noun(data.format)} to train on, {data.held_out.rows.examples} held out{final}.",
     ]
@@ -167,12 +171,6 @@ def _labels(checked: Checked) -> list[str]:
 
 def _noun(format: DataFormat) -> str:
     return "pairs" if format in PAIRS else "rows"
-
-
-def _sizes(rows: Sequence[TokenRow], label_names: Sequence[str], format: DataFormat) -> str:
-    """For all rows of one example."""
-    tokens, learned = sum(len(row.labels) for row in rows), sum(map(learned_tokens, rows))
-    return _size(rows[0], label_names, format) if len(rows) == 1 else f"{tokens} tokens, {learned} learned"
 
 
 def _size(row: TokenRow, label_names: Sequence[str], format: DataFormat | None) -> str:

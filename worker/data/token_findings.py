@@ -47,7 +47,8 @@ class TemplateLook:
         try:
             roles = {role for side in example.sides for role in self._left_out(side)}
             nameless = any(map(self._drops_names, example.sides))
-            given = bool(example.rejected) and any(map(self._gives_answers, example.sides))
+            several = [side for side in example.sides if len(side.answers) > 1] if example.rejected else []
+            given = any(len(encode(side, self._tokenizer, DataFormat.PREFERENCE)) > 1 for side in several)
         except ValueError:
             return  # encoding reports it
         for numbers, is_so in ((self._nameless, nameless), (self._given, given)):
@@ -77,11 +78,6 @@ class TemplateLook:
             return False
         bare = replace(example, turns=tuple(replace(turn, name="") for turn in example.turns))
         return rendered(example, self._tokenizer) == rendered(bare, self._tokenizer)
-
-    def _gives_answers(self, example: Example) -> bool:
-        """Whether only the last of several answers of a pair's side is learned."""
-        several = len(example.answers) > 1
-        return several and len(encode(example, self._tokenizer, DataFormat.PREFERENCE)) > 1
 
     def findings(self) -> list[Finding]:
         hint = "the tokenizer ends or begins a message there; remove them"

@@ -62,7 +62,10 @@ class RowTokenizer:
 
     def tokenise(self, examples: Sequence[Example], side: str, file: str) -> TokenSet:
         """The token set of one side of the split, from the cache if it is there. Raises DataError."""
-        folder = self._folder(examples)
+        folder = None
+        if self.cache is not None:
+            content = hashlib.sha256("".join(f"{e.number}:{e.content_hash()} " for e in examples).encode()).hexdigest()
+            folder = self.cache / "tokenised" / f"{content[:32]}-{self._key[:32]}"
         if folder and (kept := _kept(folder)) is not None:
             return kept
         tokens = fit_examples(examples, file, self.dataset, self.tokenizer, self.format, f" {side}")
@@ -70,12 +73,6 @@ class RowTokenizer:
             return tokens
         _keep(tokens, folder)
         return _kept(folder) or tokens
-
-    def _folder(self, examples: Sequence[Example]) -> Path | None:
-        if self.cache is None:
-            return None
-        content = hashlib.sha256("".join(f"{e.number}:{e.content_hash()} " for e in examples).encode()).hexdigest()
-        return self.cache / "tokenised" / f"{content[:32]}-{self._key[:32]}"
 
     @functools.cached_property
     def _key(self) -> str:

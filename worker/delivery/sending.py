@@ -289,16 +289,14 @@ def _exchange(connection: socket.socket, message: HttpMessage) -> Delivery:
     headers = {"Content-Type": "application/json", "User-Agent": "loractl", "Connection": "close", **message.headers}
     http_connection.request("POST", target, message.body, headers)
     answer = http_connection.getresponse()  # the body is never read
-    return _judged(answer.status, answer.getheader("Retry-After"))
-
-
-def _judged(status: int, retry_after: str | None) -> Delivery:
+    status = answer.status
     if 200 <= status < 300:
         return Delivery(sent=True)
     if 300 <= status < 400:
         return Delivery(why=f"HTTP {status}: it redirects, and a message with its secret is not sent elsewhere")
     again = status >= 500 or status in _AGAIN
-    return Delivery(again=again, why=f"HTTP {status}", after_s=_seconds(retry_after) if again else None)
+    after_s = _seconds(answer.getheader("Retry-After")) if again else None
+    return Delivery(again=again, why=f"HTTP {status}", after_s=after_s)
 
 
 def _seconds(retry_after: str | None) -> float | None:

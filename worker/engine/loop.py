@@ -287,7 +287,11 @@ class TrainingLoop:
         if not self.optimizer.step_was_skipped:
             self._schedule.step()
         self._zero()
-        self._count_step()
+        epoch, window = divmod(self.state.global_step, self.order.windows)
+        done = min(self.order.micro_batches, (window + 1) * self.args.gradient_accumulation_steps)
+        self.state.num_input_tokens_seen += self.order.tokens_of(window)
+        self.state.global_step += 1
+        self.state.epoch = epoch + done / self.order.micro_batches
         self._tell("on_step_end")
         if self.control.should_log:
             mean = self._log.take(self.state.global_step)
@@ -302,13 +306,6 @@ class TrainingLoop:
         if self.control.should_save and self._saved != self.state.global_step > self._first_step:
             self._save()
 
-    def _count_step(self) -> None:
-        epoch, window = divmod(self.state.global_step, self.order.windows)
-        done = min(self.order.micro_batches, (window + 1) * self.args.gradient_accumulation_steps)
-        self.state.num_input_tokens_seen += self.order.tokens_of(window)
-        self.state.global_step += 1
-        self.state.epoch = epoch + done / self.order.micro_batches
-
     def _evaluate(self) -> None:
         """On the held-out rows, a batch at a time. A stop leaves it to the next attempt."""
         began, rows = time.time(), longest_first(self.rows.held_out)
@@ -317,7 +314,12 @@ class TrainingLoop:
 
         def score(chosen: list[int]) -> None:
             batch = [rows[n] for n in chosen]
-            sums.append(self._score(batch))
+            self.forward.loss.meet(batch)
+            with random_streams_kept():
+                with evaluating(self.model):
+                    loss = self.forward.held_out_loss(batch)
+                self._tell("on_prediction_step")
+            sums.append(loss)
             batches.append(batch)
 
         def look(_: int) -> None:
@@ -336,14 +338,6 @@ class TrainingLoop:
         with random_streams_kept():
             self._say(measured)
             self._tell("on_evaluate", metrics=measured)
-
-    def _score(self, batch: Sequence[TokenRow]) -> float:
-        self.forward.loss.meet(batch)
-        with random_streams_kept():
-            with evaluating(self.model):
-                loss = self.forward.held_out_loss(batch)
-            self._tell("on_prediction_step")
-        return loss
 
     def _save(self) -> None:
         folder = Path(self.args.output_dir)

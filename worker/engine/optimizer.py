@@ -28,18 +28,14 @@ def make_optimizer(model: Any, args: TrainingArguments) -> Any:
     ]
     optimizer = _kind(args)(groups)
     if args.optim.value.endswith("_8bit"):
-        _keep_embeddings_whole(model)
+        from bitsandbytes.optim import GlobalOptimManager
+
+        manager = GlobalOptimManager.get_instance()
+        # trained embeddings get 32-bit state: in 8 bit they are unstable (arXiv:2110.02861, section 2.3)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.weight.requires_grad:
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
     return optimizer
-
-
-def _keep_embeddings_whole(model: Any) -> None:
-    """Trained embeddings get 32-bit state: in 8 bit they are unstable (arXiv:2110.02861, section 2.3)."""
-    from bitsandbytes.optim import GlobalOptimManager
-
-    manager = GlobalOptimManager.get_instance()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding) and module.weight.requires_grad:
-            manager.register_module_override(module, "weight", {"optim_bits": 32})
 
 
 def _kind(args: TrainingArguments) -> Callable[[Any], Any]:

@@ -12,7 +12,7 @@ from loractl.common.data.examples import Example
 from loractl.common.job.sections import DataFormat
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode
 
-from .comparison import Array, Compared, Measure
+from .comparison import Compared, Measure
 from .row_losses import RowScores
 
 LATER_ANSWERS_LOSS = Measure(name="later_answers_loss", label="loss on later answers")
@@ -92,16 +92,13 @@ def turn_metrics(
     tokens = whole[0].tokens[later]
     # an answer's tokens are the same with and without its context, except where tokens merge at its border
     losses = [scores.loss[later] for scores in whole] + [scores.loss / scores.tokens * tokens for scores in alone]
-    weight, base, tuned, base_alone, tuned_alone = (_summed(of, values) for values in (tokens, *losses))
+    weight, base, tuned, base_alone, tuned_alone = (
+        np.asarray(np.bincount(of, weights=values), dtype=np.float64) for values in (tokens, *losses)
+    )
     return [
         LATER_ANSWERS_LOSS.compare(base, tuned, weight),
         CONTEXT_GAIN.compare(base_alone - base, tuned_alone - tuned, weight),
     ]
-
-
-def _summed(of: Any, values: Array) -> Array:
-    """The sum of each conversation's values; `of` has the conversation of each value."""
-    return np.asarray(np.bincount(of, weights=values), dtype=np.float64)
 
 
 def by_turn(turns: Sequence[Answered], base: RowScores, tuned: RowScores) -> list[Turns]:

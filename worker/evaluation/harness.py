@@ -197,15 +197,10 @@ def _load(manager: Any, names: list[str]) -> Any:
     except Exception as error:  # a task is other people's program and may fail in any way
         for name in names if len(names) > 1 else ():
             _load(manager, [name])
-        raise _not_to_be_had(", ".join(names), error) from error
-
-
-def _not_to_be_had(name: str, error: Exception) -> TrainingFailed:
-    """The failure of a task's set-up; only an unreachable hub is temporary."""
-    answer = refusal(error)
-    said = answer or next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    reason = Reason.TRAINER_ERROR if answer is Refusal.AWAY else Reason.BAD_SPEC
-    return TrainingFailed(reason, f"{KEY}: {name} can't be set up on this worker: {said}")
+        answer = refusal(error)
+        said = answer or next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = Reason.TRAINER_ERROR if answer is Refusal.AWAY else Reason.BAD_SPEC  # only an absent hub is temporary
+        raise TrainingFailed(reason, f"{KEY}: {', '.join(names)} can't be set up on this worker: {said}") from error
 
 
 def _results(wrapped: Any, asked: EvaluationSpec, manager: Any, batch: int) -> Results:

@@ -37,7 +37,13 @@ def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings, *, mark
     for key in sorted(named.keys() | data.keys()):
         entry, section = data.get(key), "evaluation" if key == "regression" else "dataset"
         if entry is None:
-            _check_hub_data(f"{section}.{key}", named[key])
+            # a path, even of something that exists here, is neither stored nor on the hub
+            name = named[key]
+            what = f"{section}.{key} {name}"
+            if not is_hub_data(name):
+                raise Refused(f"{what} is not in the artifact store, and no hub id of the form owner/name")
+            if Path(name).exists():
+                raise Refused(f"{what} is a file or folder in this worker's folder, not a hub id")
         elif not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("uri", "sha256")):
             raise Refused(f"the row says of {section}.{key} no address and hash of a stored data set")
         elif not names_dataset(None if marked else settings.artifacts_url, entry["uri"], entry["sha256"]):
@@ -131,11 +137,3 @@ def _shards(index: Path) -> set[str]:
         return {str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()  # not an index: loading it fails and says why
-
-
-def _check_hub_data(key: str, name: str) -> None:
-    """A data set must be stored or on the hub: a path, even an existing one, is neither."""
-    if not is_hub_data(name):
-        raise Refused(f"{key} {name} is not in the artifact store, and no hub id of the form owner/name")
-    if Path(name).exists():
-        raise Refused(f"{key} {name} is a file or folder in this worker's folder, not a hub id")

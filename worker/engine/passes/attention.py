@@ -91,7 +91,9 @@ def _is_right(device: torch.device, kind: torch.dtype, width: int, window: int |
     shapes = [(1, heads, sum(lengths), width) for heads in (4, 2, 2)]
     states = [torch.randn(shape, generator=random).to(device, kind) for shape in shapes]
     given = torch.randn((1, sum(lengths), 4, width), generator=random).to(device, kind)
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False), _kept_as_it_is():
+    # a block that will be recomputed may ask first: checkpointing would take what is saved here for the block's own
+    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False), as_it_is:
         q, k, v = ours = [one.clone().requires_grad_() for one in states]
         answer = attend(q, k, v, borders_of(lengths, device), max(lengths), None, window)
         q, k, v = theirs = [one.float().requires_grad_() for one in states]
@@ -101,12 +103,6 @@ def _is_right(device: torch.device, kind: torch.dtype, width: int, window: int |
             torch.autograd.grad(answer, ours, given), torch.autograd.grad(expected, theirs, given.float()), strict=True
         )
     return all(bool((a.float() - b).abs().max() <= WITHIN * b.abs().max()) for a, b in pairs)
-
-
-def _kept_as_it_is() -> contextlib.AbstractContextManager[None]:
-    """Keeps what a backward pass needs as it is: a block that will be recomputed may ask first, and checkpointing would
-    take these tensors for the block's own."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _by_products(

@@ -223,7 +223,8 @@ class LeanPass(ForwardPass):
     def _learn_head(self, hidden: torch.Tensor, head: HeadLoss) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, and the gradient with respect to the hidden states, chunk by chunk."""
         with contextlib.nullcontext() if self._fused is None else self._fused.head_scratch() as own:
-            scratch = own or _scratch_for(hidden)
+            # a card keeps memory that it has freed; a trace, whose tensors are another type, counts what a card takes
+            scratch = own or (Scratch() if hidden.device.type == "cpu" and type(hidden) is torch.Tensor else None)
             slopes = None  # of each token, if the loss is not linear
             loss = torch.zeros((), device=self.device)
             if head.bent is not None:
@@ -270,12 +271,6 @@ class LeanPass(ForwardPass):
         if own is not None and not own.holds(logits):
             own.leave()  # scaled or capped logits are elsewhere; their softmax takes as much again
         return logits
-
-
-def _scratch_for(hidden: torch.Tensor) -> Scratch | None:
-    """Memory for the logits of these hidden states. A card keeps memory that it has freed, and a trace, whose tensors
-    are another type, counts what a card takes."""
-    return Scratch() if hidden.device.type == "cpu" and type(hidden) is torch.Tensor else None
 
 
 @contextlib.contextmanager

@@ -69,7 +69,12 @@ class Part:
             return loss
         if self._link.rank == 0:
             self._window.copy_(loss)  # its earlier ones are counted
-        self._sum_up(batch.learned)
+        if batch.learned:
+            for parameter in self._trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            self._link.sum_up([parameter.grad for parameter in self._trained])
+        self._link.sum_up([self._window])
         return self._window.clone()
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
@@ -94,14 +99,6 @@ class Part:
         if self._lockstep:
             self._own.pass_through(batch.rows[0], learns=True)
         return torch.zeros((), device=self._own.device)
-
-    def _sum_up(self, learned: int) -> None:
-        if learned:
-            for parameter in self._trained:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            self._link.sum_up([parameter.grad for parameter in self._trained])
-        self._link.sum_up([self._window])
 
     def _agreed(self, work: Callable[[], Answer]) -> Answer:
         """The result of the work. Raises RankFull in all ranks if one is out of memory: a smaller batch may follow.

@@ -109,14 +109,13 @@ def self_test(command: Sequence[str], environment: dict[str, str], longest_s: fl
         process.kill()  # don't wait: a process that hangs in the driver can't be killed
         hung = f"its self-test did not end within {longest_s:.0f} s: the driver hangs; look at dmesg, reboot the box"
         return SelfTestReport(fault=hung)
-    return read_report(output) or SelfTestReport(fault=_end_without_report(process.returncode, errors))
-
-
-def _end_without_report(code: int, errors: str) -> str:
-    """How it ended, with its last line: if a kernel fails, bitsandbytes calls exit(1) and prints why there."""
+    if (report := read_report(output)) is not None:
+        return report
+    code = process.returncode
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    # if a kernel fails, bitsandbytes calls exit(1) and prints why in the last line
     last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "nothing was said")
-    return f"its self-test ended with {how}: {last[:300]}"
+    return SelfTestReport(fault=f"its self-test ended with {how}: {last[:300]}")
 
 
 AT_ONCE = 16

@@ -103,19 +103,17 @@ class GrammarCompiler:
 
         with self._lock:
             if self._words is None:
-                self._words = self._read()
+                from llguidance.hf import from_tokenizer
+
+                try:
+                    self._words = from_tokenizer(self._tokenizer, eos_token=self._ends)
+                except ValueError as error:
+                    what = f"this base's tokenizer can't hold answers to a form: {first_line(str(error))}"
+                    raise UsageError(what) from None
         matcher = LLMatcher(self._words, grammar, log_level=0)
         if matcher.is_error():
             raise UsageError(f"the schema can't be kept: {first_line(matcher.get_error())}")
         return AnswerGrammar(matcher)
-
-    def _read(self) -> Any:
-        from llguidance.hf import from_tokenizer
-
-        try:
-            return from_tokenizer(self._tokenizer, eos_token=self._ends)
-        except ValueError as error:
-            raise UsageError(f"this base's tokenizer can't hold answers to a form: {first_line(str(error))}") from None
 
 
 def _matcher(what: str) -> Any:

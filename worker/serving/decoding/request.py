@@ -84,18 +84,15 @@ class Row:
 
     def choose(self, logits: torch.Tensor, likeliest: int) -> int:
         """The next token: the likeliest or a drawn one; for a constrained answer, among those that keep its form."""
-        token = self._choice(logits, likeliest)
+        form, greedy = self.ask.form, self.ask.temperature == 0
+        if form is None:
+            token = likeliest if greedy else self.draw(logits)
+        else:
+            held = form.hold(logits)
+            token = int(held.argmax()) if greedy else self.draw(held)
+            form.take(token)
         if self.ask.logprobs is not None:
             self._scored += score(logits[None], [token], self.ask.logprobs)
-        return token
-
-    def _choice(self, logits: torch.Tensor, likeliest: int) -> int:
-        form = self.ask.form
-        if form is None:
-            return likeliest if self.ask.temperature == 0 else self.draw(logits)
-        held = form.hold(logits)
-        token = int(held.argmax()) if self.ask.temperature == 0 else self.draw(held)
-        form.take(token)
         return token
 
     def draw(self, logits: torch.Tensor) -> int:
