@@ -247,7 +247,11 @@ class SupervisedAttempt:
         self.paced.take(message, self.heard.at)
         self.unwritten.take(message)
         if isinstance(message, Stepped):
-            self._show_step(message)
+            now, last = self.clock.now(), message.step >= message.total_steps
+            loss = message.metrics.get("loss")
+            if loss is not None and (last or now - self.own.said_at >= SAY_EVERY_S):
+                self.own.said_at = now
+                log.info("job %s: step %s of %s, loss %.3f", message.job_id, message.step, message.total_steps, loss)
         elif isinstance(message, Note) and message.kind != "saved":  # as often as the job file says
             log.info("job %s: %s", message.job_id, message.text)
 
@@ -297,14 +301,6 @@ class SupervisedAttempt:
         code: it can blame no card that the attempt does not have."""
         card = None if self.heard.ended is None or self.own.forced is not None else self.heard.ended.card
         return card if any(share.node == card for share in self.claim.shares) else None
-
-    def _show_step(self, message: Stepped) -> None:
-        now, last = self.clock.now(), message.step >= message.total_steps
-        if "loss" not in message.metrics or (now - self.own.said_at < SAY_EVERY_S and not last):
-            return
-        self.own.said_at = now
-        loss = message.metrics["loss"]
-        log.info("job %s: step %s of %s, loss %.3f", message.job_id, message.step, message.total_steps, loss)
 
 
 def begin(

@@ -100,7 +100,16 @@ def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None
     if device == "cuda":
         torch.ones(16, 16, device="cuda").mm(torch.ones(16, 16, device="cuda"))  # brings up the context and cuBLAS
     else:
-        _prepare_processor()
+        # oneDNN keeps what it compiled for 1,024 shapes, 50 MB for each batch length: it would grow into the limit.
+        os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "32"
+        # Else torch goes on in a slow loop, a step of 2 s then took over 30, for each kernel that got no memory.
+        warnings.filterwarnings("error", message=".*could not create a primitive", category=UserWarning)
+        start_threads()
+        # A large tensor gets its own mapping, which is released when it is freed: glibc's heap does not return holes,
+        # and the smaller batch would find no more room than the larger one. A small tensor does not: new pages for each
+        # tensor of a step made it 1.45 times as slow.
+        _libc_call("mallopt", _M_MMAP_THRESHOLD, _MMAP_BYTES)
+        _libc_call("mallopt", _M_TRIM_THRESHOLD, _TRIM_BYTES)
     limit_to(limit, device, gpu)
 
 
@@ -116,19 +125,6 @@ def limit_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> Non
         return
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (_bytes_of_libraries() + limit, hard))
-
-
-def _prepare_processor() -> None:
-    # oneDNN keeps what it compiled for 1,024 shapes, 50 MB for each batch length: it would grow into the limit.
-    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "32"
-    # Else torch goes on in a slow loop, a step of 2 s then took over 30, for each kernel that got no memory.
-    warnings.filterwarnings("error", message=".*could not create a primitive", category=UserWarning)
-    start_threads()
-    # A large tensor gets its own mapping, which is released when it is freed: glibc's heap does not return holes, and
-    # the smaller batch would find no more room than the larger one. A small tensor does not: new pages for each tensor
-    # of a step made it 1.45 times as slow.
-    _libc_call("mallopt", _M_MMAP_THRESHOLD, _MMAP_BYTES)
-    _libc_call("mallopt", _M_TRIM_THRESHOLD, _TRIM_BYTES)
 
 
 def start_threads() -> None:

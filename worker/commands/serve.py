@@ -59,7 +59,11 @@ def serve(**options: Any) -> None:
     """
     key = os.environ.get(KEY_VARIABLE) or None
     host, port, temperature = (options.pop(name) for name in ("host", "port", "temperature"))
-    _require_fastapi()
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise LoractlError("loractl serve needs fastapi and uvicorn", "pip install 'loractl[serve]'") from error
     _check_exposure(host, key)
     from loractl.common.listener import check_port
     from loractl.common.settings import load_settings
@@ -76,14 +80,6 @@ def serve(**options: Any) -> None:
     library = Library(load_settings(), warn)
     engine, names = load_served(library, ServeOptions(**options), _tell, warn)
     listen(make_app(engine, names, library, key=key, temperature=temperature), host, port, _tell)
-
-
-def _require_fastapi() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise LoractlError("loractl serve needs fastapi and uvicorn", "pip install 'loractl[serve]'") from error
 
 
 def _check_exposure(host: str, key: str | None) -> None:

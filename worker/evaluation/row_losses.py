@@ -96,7 +96,7 @@ def _sums(model: Any, tokenizer: Any, rows: list[TokenRow]) -> torch.Tensor:
 
 
 def _lean_sums(scorer: Scorer, tokenizer: Any, rows: list[TokenRow]) -> torch.Tensor:
-    """The same five numbers, without logits of whole rows."""
+    """Those five numbers, of shape (5, rows), without logits of whole rows."""
     sums = torch.zeros((5, len(rows)), dtype=torch.float64)
     for scored in scorer.scores(rows):
         stop = scored.targets == tokenizer.eos_token_id

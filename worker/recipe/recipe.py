@@ -269,7 +269,7 @@ def _evaluate(run: Run, task: EvaluationTask, benchmarks: Any, callbacks: Callba
 
 
 def _evaluate_final(run: Run, task: EvaluationTask, callbacks: Callbacks) -> Evaluation | None:
-    """The same on the final rows, only for the report's file: neither log nor database gets a figure from it."""
+    """Evaluate on the final rows, only for the report's file: neither log nor database gets a figure from it."""
     if (final := task.data.of_final) is None:
         return None
     progress = callbacks.teller.evaluating(_on(run, task, "the final rows"), final=True)

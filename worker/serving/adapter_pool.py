@@ -230,7 +230,20 @@ class AdapterPool:
             return
         if hasattr(self.model, "get_base_model"):
             self.model = self.model.get_base_model()
-        _strip(self.model)
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                plain = module.get_base_layer()
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                plain = module.original_module
+            else:
+                continue
+            above, _, last = name.rpartition(".")
+            setattr(self.model.get_submodule(above), last, plain)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
 
     def _mixes(self, key: str) -> bool:
         """Whether rows of the adapter and of the base can share a batch. With peft they can't if a layer's input has no
@@ -319,24 +332,6 @@ def warn_of_arithmetic(pool: AdapterPool, adapters: Sequence[Listed], warn: Call
         who = ", ".join(first) + (f" and {more} more" if more else "")
         what = f"trained on a base in {trained}, and answer here on one in {pool.number_format}"
         warn(f"{what}: {who}; not all of their answers will be those of their reports")
-
-
-def _strip(model: Any) -> None:
-    """Put every layer that peft has wrapped back as it was."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            plain = module.get_base_layer()
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            plain = module.original_module
-        else:
-            continue
-        above, _, last = name.rpartition(".")
-        setattr(model.get_submodule(above), last, plain)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
 
 
 def _bytes_of(model: Any) -> int:

@@ -90,7 +90,11 @@ def take_card(settings: Settings, store: Store, gpu: str | None, footprint: Foot
     quieten()
     devices = find_devices(settings, gpu)
     cards = [device for device in devices if device.kind != "cpu"]
-    device, size = _reserved(settings, store, _working(cards), footprint) if cards else (devices[0], 0)
+    faults = {device.number: device.look().fault for device in cards}
+    working = [device for device in cards if faults[device.number] is None]
+    if cards and not working:  # no base for GPUs is loaded on a CPU
+        raise LoractlError(f"card {cards[0].number} can't be used: {faults[cards[0].number]}", "loractl gpus shows all")
+    device, size = _reserved(settings, store, working, footprint) if cards else (devices[0], 0)
     os.environ["OMP_NUM_THREADS"] = str(threads_of_trainer(1))  # libgomp knows the affinity, but no quota
     os.environ.update({**torch_settings(device, os.environ), **device.environment()})
     if device.trains_on == "cuda":
@@ -99,15 +103,6 @@ def take_card(settings: Settings, store: Store, gpu: str | None, footprint: Foot
         hold_to(size, "cuda", device.uuid)
     load_kernels()
     return device.trains_on
-
-
-def _working(cards: Sequence[Device]) -> list[Device]:
-    """The cards without a fault. Raises LoractlError if there is none: no base for GPUs is loaded on a CPU."""
-    faults = {device.number: device.look().fault for device in cards}
-    working = [device for device in cards if faults[device.number] is None]
-    if not working:
-        raise LoractlError(f"card {cards[0].number} can't be used: {faults[cards[0].number]}", "loractl gpus shows all")
-    return working
 
 
 def _reserved(settings: Settings, store: Store, cards: Sequence[Device], footprint: Footprint) -> tuple[Device, int]:

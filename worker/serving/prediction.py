@@ -56,23 +56,19 @@ def answer_rows(conversation: Conversation, questions: Iterable[Question]) -> It
     """An answer for each question, in order. A row that can't be answered has its error."""
     pending: deque[tuple[int, PartialAnswer]] = deque()
     for question in questions:
-        pending.append((question.number, _ask(conversation, question)))
+        answer = PartialAnswer()
+        try:
+            messages = [message_of(turn, conversation.pool.tokenizer) for turn in question.turns]
+            conversation.ask(messages, answer.take, json.loads(question.tools) if question.tools else None)
+        except UsageError as error:  # too long, or the chat template refuses it
+            answer.error = error.sentence
+        pending.append((question.number, answer))
         while conversation.engine.waiting >= AHEAD or len(pending) >= MOST:
             conversation.engine.step()
             yield from _ready(pending)
     while pending:
         conversation.engine.step()
         yield from _ready(pending)
-
-
-def _ask(conversation: Conversation, question: Question) -> PartialAnswer:
-    answer = PartialAnswer()
-    try:
-        messages = [message_of(turn, conversation.pool.tokenizer) for turn in question.turns]
-        conversation.ask(messages, answer.take, json.loads(question.tools) if question.tools else None)
-    except UsageError as error:  # too long, or the chat template refuses it
-        answer.error = error.sentence
-    return answer
 
 
 def _ready(pending: deque[tuple[int, PartialAnswer]]) -> Iterator[Outcome]:

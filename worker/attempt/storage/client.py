@@ -72,7 +72,7 @@ class StoreClient:
         return self._pool.fault
 
     def watched(self, watch: CallWatch) -> StoreClient:
-        """The same store for a caller that waits in another way."""
+        """This store for a caller that waits in another way."""
         return StoreClient(self.url, watch, self._pool, mark=self.mark)
 
     def make_ready(self) -> None:

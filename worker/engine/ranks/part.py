@@ -225,7 +225,11 @@ class DividedPass(ForwardPass):
             self._part.begin_window()
         self._spread = batch.number < batch.pieces - 1  # a step follows the last one
         known = self.loss.known(batch.rows)
-        self.link.order("learn", noise=self._noise(), batch=asdict(batch), known=known)
+        # the seed of the others' dropout follows from the leader's stream without moving it: a resume drops the same
+        streams: dict[str, Any] = read_streams(self.device)
+        state = streams.get("cuda", streams["torch"]).numpy().tobytes()
+        noise = int.from_bytes(hashlib.sha256(state).digest()[:6], "big")
+        self.link.order("learn", noise=noise, batch=asdict(batch), known=known)
         return self._together(lambda: self._part.learn(batch, backward))
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
@@ -271,10 +275,3 @@ class DividedPass(ForwardPass):
         one = torch.ones((), device=self.device, requires_grad=True)
         backward(one)
         return float(one.grad) if one.grad is not None else 1.0
-
-    def _noise(self) -> int:
-        """The seed of the others' dropout: it follows from the leader's stream without moving it, so that a resume
-        drops the same."""
-        streams: dict[str, Any] = read_streams(self.device)
-        state = streams.get("cuda", streams["torch"]).numpy().tobytes()
-        return int.from_bytes(hashlib.sha256(state).digest()[:6], "big")
