@@ -41,6 +41,7 @@ _HELD = occupants(Job.method, Job.vram_lora, Job.vram_qlora, *_MEASURED).outerjo
 
 
 _ON_CARD = occupants().where(bindparam("node") == ON_NODE)
+_SEEN_AT = select(Node.seen_at).where(Node.node == bindparam("node"))
 
 
 def identity(node: NodeState | Node) -> BoxIdentity:
@@ -51,18 +52,18 @@ def identity(node: NodeState | Node) -> BoxIdentity:
 def see(tx: Transaction, state: NodeState) -> Card:
     """Write a device's row, last seen now. Returns the card with what runs on it. Raises NameTaken, CardTaken."""
     now = tx.now()
+    stale, before = now - dt.timedelta(seconds=NODE_STALE_S), tx.session.scalar(_SEEN_AT, {"node": state.node})
+    is_back = before is None or before < stale  # it was frozen, or its database away
+    if is_back and (other := server_of(tx, state)) is not None:
+        raise CardTaken(state.node, other.node)
     running = tx.session.execute(_ON_CARD, {"node": state.node}).all()
     card = card_of(Node(**vars(state), seen_at=now), running, now, drained_targets(tx.session, now))
     seen = {**vars(state), "seen_at": now, "free": card.free}
     row = storable_row(cast(Table, Node.__table__), seen)  # a sensor says what it likes
-    stale = now - dt.timedelta(seconds=NODE_STALE_S)
     if state.instance is None:
         tx.put(Node, "node", row)
-    elif not tx.put(Node, "node", row, _is_served, stale=stale):  # it was frozen, or its database away
-        if (other := server_of(tx, state)) is not None:
-            raise CardTaken(state.node, other.node)
-        if not tx.put(Node, "node", row, _may_be_taken, stale=stale):
-            raise NameTaken(state.node)
+    elif not tx.put(Node, "node", row, _may_be_taken, stale=stale):
+        raise NameTaken(state.node)
     return card
 
 
@@ -77,21 +78,10 @@ def server_of(tx: Transaction, state: NodeState) -> Node | None:
     return tx.session.scalars(live.order_by(Node.seen_at.desc()).limit(1)).first()
 
 
-_STALE = bindparam("stale", type_=UtcDateTime())
-
-
-def _is_own(new: NewRow) -> ColumnElement[bool]:
-    return and_(*(getattr(Node, key).is_not_distinct_from(new[key]) for key in ("instance", "machine", "boot")))
-
-
-def _is_served(new: NewRow) -> ColumnElement[bool]:
-    """Of a node's row: the same start of the same box has written it lately."""
-    return and_(_is_own(new), Node.seen_at >= _STALE)
-
-
 def _may_be_taken(new: NewRow) -> ColumnElement[bool]:
     """Of a node's row: the same start of the same box wrote it, or nobody serves it any more, or an older version."""
-    return or_(_is_own(new), Node.seen_at < _STALE, Node.instance.is_(None))
+    own = and_(*(getattr(Node, key).is_not_distinct_from(new[key]) for key in ("instance", "machine", "boot")))
+    return or_(own, Node.seen_at < bindparam("stale", type_=UtcDateTime()), Node.instance.is_(None))
 
 
 def forget(tx: Transaction, node: str, box: BoxIdentity | None = None) -> None:

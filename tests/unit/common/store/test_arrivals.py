@@ -140,7 +140,7 @@ def test_of_workers_that_come_back_to_one_card_under_two_names_one_serves(timed:
     heron, owl = (node_state(f"{host}:0", **{**HERON, "instance": host}, gpu="GPU-1") for host in ("heron", "owl"))
     for state in (heron, owl):
         timed.cards.see(state)
-    clock.forward(NODE_STALE_S + 1)
+        clock.forward(NODE_STALE_S + 1)
     assert [timed.cards.arrive(state).server for state in (heron, owl)] == [None, "heron:0"]
 
 
@@ -160,6 +160,17 @@ def test_a_worker_that_was_frozen_while_another_took_its_card_is_refused_and_get
     assert isinstance(timed.attempts.claim("owl:0"), Claim)
     clock.forward(NODE_STALE_S + 1)
     assert timed.cards.see(heron(gpu="GPU-1")).open, "nobody serves it any more"
+
+
+def test_a_frozen_worker_whose_row_was_forgotten_meanwhile_does_not_take_its_card_back(
+    timed: Store, clock: Clock
+) -> None:
+    timed.cards.see(heron(gpu="GPU-1"))
+    clock.forward(NODE_STALE_S + 1)
+    assert timed.cards.arrive(node_state("owl:0", gpu="GPU-1")).server is None
+    timed.cards.forget_silent("heron")
+    with pytest.raises(CardTaken, match="owl:0 serves the card of heron:0"):
+        timed.cards.see(heron(gpu="GPU-1"))
 
 
 @pytest.mark.parametrize("boot", ["its boot", "the next"])
