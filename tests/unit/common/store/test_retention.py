@@ -242,7 +242,7 @@ def test_locks_that_nobody_holds_go_with_old_jobs(postgres_engine: Engine) -> No
 
     with postgres_engine.begin() as connection:
         connection.execute(text("INSERT INTO locks VALUES ('end of sweep 3')"))
-    assert locks() == {"fleet", "closing", "user ada", "end of sweep 3"}
+    assert locks() == {"fleet", "closing", "user ada", "card GPU-box:0", "end of sweep 3"}
     with postgres_engine.begin() as connection:
         connection.execute(text("SELECT FROM locks WHERE name = 'end of sweep 3' FOR UPDATE"))
         store.results.forget_jobs([], NOON)
