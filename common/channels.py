@@ -69,7 +69,8 @@ def channel_names(text: str | None) -> tuple[str, ...]:
 def names_in(spec: object) -> tuple[str, ...]:
     """The channels that a stored spec names; a row that this version can't read names none."""
     names = spec.get("notify") if isinstance(spec, dict) else None
-    return tuple(n for n in _list(names) if isinstance(n, str) and _NAME.fullmatch(n) and n != LAB)
+    listed = names if isinstance(names, list) else []
+    return tuple(n for n in listed if isinstance(n, str) and _NAME.fullmatch(n) and n != LAB)
 
 
 def channels_of(channels: Iterable[Channel], user: str) -> tuple[str, ...]:
@@ -87,10 +88,6 @@ def unknown_names(names: Iterable[str] | None, channels: Iterable[Channel], user
     if ME in (names or ()) and not channels_of(known.values(), user):
         lines.append(f"no channel with {user} among its users, which {ME} means")
     return [f"Warning: notify: this machine's config.toml has {line}; another box must have it." for line in lines]
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _read(name: str, table: Mapping[str, Any], environ: Mapping[str, str]) -> Channel:

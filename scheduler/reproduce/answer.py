@@ -77,7 +77,8 @@ def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Se
 
     Raises SpecError for a spec that this version can't read, UsageError if no label is left.
     """
-    spec, online = _same_spec(job, report), _online(store)
+    spec, now = _same_spec(job, report), store.now()
+    online = [node for node in store.cards.nodes() if (now - node.seen_at).total_seconds() <= NODE_STALE_S]
     caveats = (
         *_versions(report, online),
         *_devices(store.attempts.of_job(job.job_id), online),
@@ -112,7 +113,9 @@ def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
             f"job {job.job_id} has {MOST_LABELS} labels, so that none is left for {REPRODUCES}",
             f"take what is stored and submit it yourself: loractl status {job.job_id} --full",
         )
-    pinned = settled_on(_pinned_data(spec, report["data"].get("commits", {})), job.ancestor)
+    named, commits = spec.data_sets(), report["data"].get("commits", {})
+    data = {key: f"{named[key].partition('@')[0]}@{commit}" for key, commit in commits.items()}
+    pinned = settled_on(spec.with_data_sets(data), job.ancestor)
     return pinned.model_copy(
         update={
             "after": [],  # its turn has come
@@ -124,17 +127,6 @@ def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
             "labels": labels,
         }
     )
-
-
-def _pinned_data(spec: JobSpec, commits: dict[str, str]) -> JobSpec:
-    """The job with its data from the hub, each at the commit that was read."""
-    named = spec.data_sets()
-    return spec.with_data_sets({key: f"{named[key].partition('@')[0]}@{commit}" for key, commit in commits.items()})
-
-
-def _online(store: Store) -> list[Node]:
-    now = store.now()
-    return [node for node in store.cards.nodes() if (now - node.seen_at).total_seconds() <= NODE_STALE_S]
 
 
 def _versions(report: dict[str, Any], online: Sequence[Node]) -> Iterator[Caveat]:

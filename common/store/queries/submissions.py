@@ -211,7 +211,8 @@ def cancel(tx: Transaction, job_id: int, user: str) -> Job:
                 return cancelled
         else:
             again, result = f"loractl retry {job_id} queues it again", f"loractl report {job_id} shows what it measured"
-            what = f"job {job_id} has already {_ended_as(job)}"
+            ended = {Status.SUCCEEDED: "succeeded", Status.FAILED: "failed"}.get(job.status, "been cancelled")
+            what = f"job {job_id} has already {ended}"
             raise WrongState(what, result if job.status is Status.SUCCEEDED else again)
     raise _changed(job_id)
 
@@ -250,15 +251,11 @@ def hold(tx: Transaction, job_id: int, user: str, reason: str = "") -> Job:
         job = read_job(tx, job_id)
         if job.status is not Status.QUEUED:
             what = f"job {job_id} {job.status.in_words}: only a waiting job can be held"
-            raise WrongState(what, _back_to_the_queue(job) if job.status is Status.RUNNING else None)
+            hint = f"loractl drain {clean_line(job.node or '')} --now --reason ... requeues it with a checkpoint"
+            raise WrongState(what, hint if job.status is Status.RUNNING else None)
         if (held := change_row(tx, job, "held", {"held": True}, user, f": {reason}" if reason else "")) is not None:
             return held
     raise _changed(job_id)
-
-
-def _back_to_the_queue(job: Job) -> str:
-    order = f"loractl drain {clean_line(job.node or '')} --now --reason ..."
-    return f"{order} requeues it with a checkpoint"
 
 
 def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None = None) -> Job:
@@ -328,7 +325,3 @@ def edit(tx: Transaction, amendment: Amendment, user: str) -> Job:
 
 def _changed(job_id: int) -> WrongState:
     return WrongState(f"job {job_id} has changed meanwhile; try again")
-
-
-def _ended_as(job: Job) -> str:
-    return {Status.SUCCEEDED: "succeeded", Status.FAILED: "failed"}.get(job.status, "been cancelled")
