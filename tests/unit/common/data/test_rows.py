@@ -246,6 +246,41 @@ def test_the_format_is_told_by_the_columns_with_a_reason(value: dict[str, Any], 
     assert detect_format([RawRow(number=1, value=value)], "d") == (format, why)
 
 
+HALF = "cut \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("value", "format"),
+    [
+        ({"text": HALF}, DataFormat.TEXT),
+        ({"prompt": HALF, "completion": "b"}, DataFormat.PROMPT_COMPLETION),
+        ({"instruction": "a", "output": HALF}, DataFormat.ALPACA),
+        ({"text": HALF, "label": "a"}, DataFormat.CLASSIFICATION),
+        ({"prompt": "a", "chosen": "b", "rejected": HALF}, DataFormat.PREFERENCE_TEXT),
+        (
+            {
+                "prompt": [{"role": "user", "content": "a"}],
+                "chosen": [{"role": "assistant", "content": "b"}],
+                "rejected": [{"role": "assistant", "content": HALF}],
+            },
+            DataFormat.PREFERENCE,
+        ),
+    ],
+)
+def test_half_a_character_is_refused_before_a_tokenizer_fails_at_it(value: dict[str, Any], format: DataFormat) -> None:
+    rows = [RawRow(number=number, value=row) for number, row in enumerate((value, json_whole(value)), start=1)]
+    with pytest.raises(DataError, match="d: row 1: has half a character"):
+        parse_examples(rows, format, "d")
+    examples, dropped = parse_examples(rows, format, "d", BadRow.DROP)
+    assert [example.number for example in examples] == [2] and len(dropped) == 1
+
+
+def json_whole(value: dict[str, Any]) -> dict[str, Any]:
+    """The row with the whole character."""
+    whole: dict[str, Any] = json.loads(json.dumps(value).replace("\\ud83d", "\\ud83d\\ude00"))
+    return whole
+
+
 def test_a_format_that_was_set_is_not_guessed_and_unknown_columns_are_listed() -> None:
     rows = [RawRow(number=3, value={"question": "a"})]
     assert detect_format(rows, "d", DataFormat.TEXT) == (DataFormat.TEXT, "set by dataset.format")
