@@ -236,7 +236,8 @@ class Folder(Bucket):
     def below(self, part: str) -> Iterator[tuple[str, int, dt.datetime]]:
         self._doing(f"listing {part}")
         top = Path(self._at(part))
-        for path in [top] if top.is_symlink() or top.is_file() else _walk(top):
+        inside = (Path(folder) / name for folder, _, names in os.walk(top) for name in names)
+        for path in [top] if top.is_symlink() or top.is_file() else inside:
             with contextlib.suppress(FileNotFoundError):  # was just removed by somebody else
                 facts = path.lstat()
                 changed_at = dt.datetime.fromtimestamp(facts.st_mtime, dt.UTC)
@@ -373,8 +374,3 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(place)
-
-
-def _walk(top: Path) -> Iterator[Path]:
-    for folder, _, names in os.walk(top):
-        yield from (Path(folder) / name for name in names)

@@ -221,7 +221,8 @@ class _Answers:
             self._counted[answer] += 1
         if len(answer) <= SHORT_CHARACTERS:
             self._short.append(example.number)
-        if answer == _question(example).strip():
+        users = [turn.content for turn in example.turns if turn.role == "user"]
+        if answer == (users[-1] if users else example.prompt).strip():
             self._echoed.append(example.number)
 
     def findings(self) -> Iterator[Finding]:
@@ -429,11 +430,6 @@ def _prompt_hash(example: Example) -> int:
     asked = example.turns[: example.answers[-1]]
     tools = [example.tools] if example.tools else []
     return _digest(json.dumps([*((t.role, t.content, *t.apart) for t in asked), *tools]))
-
-
-def _question(example: Example) -> str:
-    users = [turn.content for turn in example.turns if turn.role == "user"]
-    return users[-1] if users else example.prompt
 
 
 def _parts(example: Example) -> Iterator[str]:

@@ -250,7 +250,9 @@ def loss_bytes(shape: Shape, step: Step) -> float:
         size = 2 if step.autocast else 4
         head = size * step.labels * shape.hidden if step.autocast else 0
         return step.tokens * (4 * shape.hidden + size * (2 * shape.hidden + 2 * step.labels)) + head
-    logit = (CHUNK_BYTES if step.lean else LOSS_BYTES) + (_capped_bytes(step) if shape.softcaps else 0)
+    logit = CHUNK_BYTES if step.lean else LOSS_BYTES
+    if shape.softcaps:  # the tanh that a cap keeps, in the type that the head answers in
+        logit += 4 if step.full or step.widens else 2
     cast = (step.quantised and step.whole_rest) or step.saved_head
     head = 2 * shape.embedding if cast and step.autocast else 0
     if step.lean:  # the last norm and its output, those that are learned from and their gradient, one chunk of logits
@@ -291,11 +293,6 @@ def stranded_bytes(shape: Shape, step: Step, ends: float) -> float:
     loss needs in front of blocks that were cached while the forward pass ran."""
     scores = step.batch * shape.heads * step.length**2 if step.eager or shape.single_key else 0
     return ends if scores > (_chunk(step) if step.lean else step.tokens) * classes(shape, step) else 0.0
-
-
-def _capped_bytes(step: Step) -> int:
-    """Bytes per logit of the tanh that a cap keeps, in the type that the head answers in."""
-    return 4 if step.full or step.widens else 2
 
 
 def _chunk(step: Step) -> int:

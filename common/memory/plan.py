@@ -185,7 +185,10 @@ def _peak(shape: Shape, step: Step, update: float) -> _Peak:
         stored += step.tokens * classes(shape, step) * (2 if step.autocast else step.wide)
     ends = loss_bytes(shape, step)
     at_loss = stored + ends
-    at_block = stored + max(cost.peak(_recomputes_last(shape, step)) for cost, _ in blocks)
+    # The last block may be recomputed, while all others' activations are there. What it has kept is gone when the one
+    # before it is recomputed.
+    recomputed = step.checkpoints > 0 and (shape.layers - 1) % step.checkpoints == 0
+    at_block = stored + max(cost.peak(recomputed) for cost, _ in blocks)
     training = max(at_loss, at_block, update)
     forward = at_loss + answered_bytes(shape, step) + max(cost.forward for cost, _ in blocks)
     reserved = max(forward, at_block + stranded_bytes(shape, step, ends), update)
@@ -195,12 +198,6 @@ def _peak(shape: Shape, step: Step, update: float) -> _Peak:
         update=update if update > max(at_loss, at_block) else 0,
         unusable=max(0.0, reserved - training),
     )
-
-
-def _recomputes_last(shape: Shape, step: Step) -> bool:
-    """Whether the last block is recomputed, while all others' activations are there. What a last block has kept is gone
-    when the one before it is recomputed."""
-    return step.checkpoints > 0 and (shape.layers - 1) % step.checkpoints == 0
 
 
 def traced_plan(weights: int, adapter: int, state: int, own: int, method: Method) -> Plan:

@@ -342,10 +342,6 @@ class Remaining:
             self._firsts[behind.job_id] = behind
 
 
-def _by_age(job: Waiting) -> int:
-    return job.job_id
-
-
 class PlacementRule:
     """The rule of `place`, with each user's charge as the database would keep it.
 
@@ -375,7 +371,7 @@ class PlacementRule:
         self._decided = list(decided)
         self._by_share = by_share
         self._meter = meter
-        self._waiting = (Lines(order=_by_age) if by_share else Lines()) if waiting is None else waiting
+        self._waiting = (Lines(order=lambda job: job.job_id) if by_share else Lines()) if waiting is None else waiting
         self._past: dict[str, tuple[float, dt.datetime]] = {}
         self._running: dict[int, tuple[str, int, dt.datetime, bool]] = {}  # user, bytes, from when, started here
         if since is not None:

@@ -210,7 +210,9 @@ def _dumped(settings: Settings, aside: Path) -> Contents:
 
 
 def _loaded(settings: Settings, file: Path) -> Restored:
-    if _is_sqlite(file):
+    with file.open("rb") as stream:
+        start = stream.read(15)
+    if start == b"SQLite format 3":
         raise UsageError(f"{file} is a backup of the embedded database, and this one is PostgreSQL's", _OTHER_KIND)
     numbers = JobNumbers(settings)
     engine = make_engine(settings.database_url)
@@ -225,11 +227,6 @@ def _loaded(settings: Settings, file: Path) -> Restored:
 
 def _contents(dumped: Dump) -> Contents:
     return Contents(revision=dumped.revision, jobs=dumped.jobs, newest=dumped.newest, last_event=dumped.last_event)
-
-
-def _is_sqlite(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(15) == b"SQLite format 3"
 
 
 @contextlib.contextmanager

@@ -28,7 +28,8 @@ AT_ONCE = 100
 
 def first_awaited(tx: Transaction, after: Sequence[int], *, any_end: bool) -> int | None:
     """The first of these jobs that is not over; None: all are. One that is not there is not over."""
-    over = set(tx.session.scalars(select(Job.job_id).where(Job.job_id.in_(after), _is_over(any_end))))
+    ends = _ENDED if any_end else (Status.SUCCEEDED,)
+    over = set(tx.session.scalars(select(Job.job_id).where(Job.job_id.in_(after), Job.status.in_(ends))))
     return next((job_id for job_id in after if job_id not in over), None)
 
 
@@ -109,10 +110,6 @@ def _lists(tx: Transaction, *also: ColumnElement[bool]) -> list[tuple[int, list[
     15,000 jobs all of it took 270 MiB."""
     blocked = select(Job.job_id, Job.spec["after"]).where(WAITS, Job.awaits > 0, *also).order_by(Job.job_id)
     return [(job_id, after_of({"after": after})) for job_id, after in tx.session.execute(blocked)]
-
-
-def _is_over(any_end: bool) -> ColumnElement[bool]:
-    return Job.status.in_(_ENDED if any_end else (Status.SUCCEEDED,))
 
 
 def _go_on(tx: Transaction, blocked: Select[Job]) -> None:

@@ -50,15 +50,11 @@ def beat(tx: Transaction, claim: Claim, progress: Progress) -> Beat:
     return Beat(
         accepted=True,
         cancel_requested=row.cancel_requested,
-        preempted_by=row.preempted_by and tx.session.scalar(_gives_way(claim)),
+        # asked only then, whether that still helps: SQLite can't say it with the beat itself
+        preempted_by=row.preempted_by and tx.session.scalar(select(GIVES_WAY_TO).where(Job.job_id == claim.job_id)),
         pruned=read_verdict(tx, claim, rung_points(claim, progress)),
         time_limit=_seconds(row.time_limit),
     )
-
-
-def _gives_way(claim: Claim) -> Select[int | None]:
-    """Asked of a job that is to give way: whether that still helps. SQLite can't say it with the beat itself."""
-    return select(GIVES_WAY_TO).where(Job.job_id == claim.job_id)
 
 
 def _beat_beside(tx: Transaction, claim: Claim) -> Beat:
