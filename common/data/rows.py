@@ -82,7 +82,7 @@ class DataFile:
             raise DataError(self._path, "no such file", hint=_hint_of_missing(self._path)) from None
         except UnicodeDecodeError:
             what = f"is not UTF-8 (byte {_bad_byte(self._path)})"
-            raise DataError(self._path, what, hint="convert it with iconv -t utf-8", kind="not UTF-8") from None
+            raise DataError(self._path, what, hint=_way_to_utf8(self._path), kind="not UTF-8") from None
         except OSError as error:
             raise DataError(self._path, f"can't be read: {error.strerror}") from None
 
@@ -175,6 +175,16 @@ def _too_long(path: Path, longest: int, where: str = "", row: int | None = None)
     return DataError(path, f"{where}has more than {amount(longest)}, the most of a row", row=row, hint=hint)
 
 
+def _way_to_utf8(path: Path) -> str:
+    """What to do about a file that is not UTF-8. Without -f, iconv takes it for what the terminal has, UTF-8."""
+    with path.open("rb") as file:
+        begin = file.read(2)
+    if begin == b"\x1f\x8b":
+        return "it is packed with gzip: unpack it first"
+    others = "utf-16" if begin in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin-1"
+    return f"convert it: iconv -f {others} -t utf-8"
+
+
 def _bad_byte(path: Path) -> int:
     """The place of the first byte that is not UTF-8."""
     decoder, before = codecs.getincrementaldecoder("utf-8")(), 0
@@ -236,6 +246,10 @@ def _parse_csv(path: Path, lines: Iterable[str]) -> Iterator[RawRow]:
         if (only := reader.fieldnames) and len(only) == 1 and (marks := [mark for mark in ";\t|" if mark in only[0]]):
             hint = "write commas between the columns, and quote a value that holds one"
             raise DataError(path, f"has one column, divided by {marks[0]!r}", hint=hint, kind="broken CSV")
+        names = list(reader.fieldnames or ())
+        if twice := next((name for name in names if name and names.count(name) > 1), None):
+            what = f"has two columns named {column_names({twice: None})}"
+            raise DataError(path, what, hint="rename or remove one of them", kind="broken CSV")
         for number, value in enumerate(reader, start=1):
             if None in value or None in value.values():
                 raise DataError(

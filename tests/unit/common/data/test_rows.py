@@ -164,6 +164,7 @@ def test_a_quoted_field_of_csv_may_hold_commas_and_lines(tmp_path: Path) -> None
         ("d.csv", "a,b\n1,2\n3\n", 2, "does not have the 2 fields of the header"),
         ("d.csv", "a,b\n1,2,3\n", 1, "does not have the 2 fields of the header"),
         ("d.csv", 'a,b\n"1,2\n', 1, "is not valid CSV: unexpected end of data"),
+        ("d.csv", "text,note,text\na,b,c\n", None, "has two columns named text"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str, row: int | None, what: str) -> None:
@@ -197,7 +198,9 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, text: str) ->
 def test_a_file_that_cannot_be_read_at_all_is_refused_in_a_sentence(tmp_path: Path) -> None:
     latin = refused(write(tmp_path, "d.jsonl", '{"text": "Büro"}'.encode("latin-1")))
     assert "is not UTF-8 (byte 11)" in latin.sentence
-    assert latin.hint == "convert it with iconv -t utf-8"
+    assert latin.hint == "convert it: iconv -f latin-1 -t utf-8"
+    assert refused(write(tmp_path, "d.jsonl", "{}".encode("utf-16"))).hint == "convert it: iconv -f utf-16 -t utf-8"
+    assert refused(write(tmp_path, "d.jsonl", b"\x1f\x8b\x08")).hint == "it is packed with gzip: unpack it first"
     assert "no such file" in refused(tmp_path / "absent.jsonl").sentence
     assert "has none of the endings" in refused(write(tmp_path, "d.txt", "a")).sentence
     (tmp_path / "rows").mkdir()
