@@ -121,9 +121,10 @@ def test_a_worker_that_was_frozen_while_another_took_its_card_saves_its_job_and_
     job_id = held.submit(steps=1000)
     (place,) = held.start(devices=[ShownCard()])
     held.until(job_id, lambda job: job.has_checkpoint)
+    for gpu in ("GPU-bbbb", ShownCard.uuid):  # a first look at the card would ask who serves it
+        held.store.cards.see(node_state("owl:0", gpu=gpu, instance="owl"))
     with held.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE nodes SET seen_at = '2000-01-01 00:00:00' WHERE node = 'heron:0'")
-    held.store.cards.see(node_state("owl:0", gpu=ShownCard.uuid, instance="owl"))
     job = held.until(job_id, lambda job: job.status is Status.QUEUED, seconds=60)
     held.stop()
     signal.signal(signal.SIGTERM, terminate)
