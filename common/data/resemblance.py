@@ -84,10 +84,18 @@ _LOOKALIKES = str.maketrans(
 Unicode's confusables), in lower case."""
 
 
+_HIDDEN = re.compile(
+    "[\u00ad\u200c-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]|(?<=[a-z0-9])\u200b+(?=[a-z0-9])"
+)
+"""Characters inside words that nobody sees: soft hyphens, joiners, marks of direction, variation selectors. Zero-width
+spaces only within Latin words, since they divide the words of Khmer and Thai."""
+
+
 def folded_words(text: str) -> list[str]:
-    """The words of a text without case, accents, punctuation and look-alike letters."""
+    """The words of a text without case, accents, punctuation, hidden characters and look-alike letters."""
     plain = unicodedata.normalize("NFKD", text).casefold().translate(_LOOKALIKES)
-    plain = "".join(c for c in plain if not unicodedata.combining(c)) if not plain.isascii() else plain
+    if not plain.isascii():
+        plain = _HIDDEN.sub("", "".join(c for c in plain if not unicodedata.combining(c)))
     return list(itertools.islice((match[0] for match in _WORD.finditer(plain)), MOST_WORDS))
 
 

@@ -88,7 +88,16 @@ def test_where_the_library_is_missing_the_same_words_are_found(monkeypatch: pyte
     assert found(chat(7, f"please {QUESTION}", "x"), chat(2, QUESTION, "y")) == {}
 
 
+@pytest.mark.parametrize(
+    "hidden", ["\u00ad", "\u200b", "\u200b\u200b", "\u200d", "\u2060", "\ufeff", "\ufe0f", "\U000e0041"]
+)
+def test_characters_that_nobody_sees_hide_no_row(hidden: str) -> None:
+    text = " ".join(word[:2] + hidden + word[2:] for word in QUESTION.split())
+    assert found(chat(7, text, "x"), chat(2, QUESTION, "y")) == {7: 2}
+
+
 def test_words_of_other_scripts_are_words() -> None:
+    assert folded_words("\u0e01\u0e32\u200b\u0e14\u0e32") == ["\u0e01\u0e32", "\u0e14\u0e32"], "Thai divides words so"
     assert folded_words("Как дела?") == folded_words("как  дела") and len(folded_words("Как дела")) == 2
     assert folded_words("磁盘已满") == list("磁盘已满")
 
