@@ -31,12 +31,14 @@ from loractl.common.store.database import make_engine
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.worker.attempt.order import ONE_HEAP
+from loractl.worker.base.kernels import refuse_hub_kernels
 
 from . import services, warm
 from .databases import OPEN_LAB, KeptDatabase, KeptFile, database, fill, make_template
 from .models import make_tiny_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: what a test wants of a hub, it asks of its own
+refuse_hub_kernels()  # as in a trainer; a test may import a model's code before it loads the kernels
 gc.disable()  # until everything is collected: the imports make objects that stay
 
 ROOT = Path(__file__).parents[1]

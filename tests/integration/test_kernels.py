@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,31 @@ def quantised(on: str, weight: torch.Tensor, *how: object) -> tuple[torch.Tensor
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     packed, scales = torch.library.get_kernel(QUANTISE, on).call_boxed(keys, weight, *how)
     return packed, scales
+
+
+FETCHING = """
+import socket, sys
+asked = []
+socket.getaddrinfo = lambda host, *args, **kwargs: asked.append(host) or sys.exit(f"asked for {host}")
+from loractl.worker.base.kernels import load_kernels
+load_kernels()
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import is_kernels_available
+sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(sys.argv[1])
+LlamaForCausalLM.from_pretrained(sys.argv[1])
+print(asked, is_kernels_available(), sys.modules["kernels"])
+"""
+
+
+def test_no_library_fetches_native_code_from_the_hub(tmp_path: Path) -> None:
+    """bitsandbytes would while it is imported, on processors with bf16 products; transformers, as it loads a model."""
+    assert importlib.metadata.version("kernels")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "USE_HUB_KERNELS"))}
+    command = [sys.executable, "-c", FETCHING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=100)
+    assert (done.stdout, done.returncode) == ("[] False None\n", 0), done.stderr
+    assert "kernels" not in done.stderr  # nor is anybody told to install it
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

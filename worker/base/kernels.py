@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +23,11 @@ def load_kernels() -> None:
     It passes five functions to torch.compile, for devices without kernels. None of them is compiled, but torch loads
     its compiler for that: a tenth of a trainer's start. Here they stay as written.
 
-    All code that computes calls it first, so it also sets how MKL adds up, before torch loads MKL.
+    All code that computes calls it first, so it also sets how MKL adds up, before torch loads MKL, and keeps the hub's
+    code away.
     """
+    refuse_hub_kernels()
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # on some processors it asks for `kernels`
     os.environ.setdefault(*REPEATABLE)  # unless its owner has set it otherwise
     import torch
 
@@ -34,6 +39,16 @@ def load_kernels() -> None:
         torch.compile = compiler
     if not torch._C._dispatch_has_kernel_for_dispatch_key(QUANTISE, "CPU"):  # a later version may bring its own
         torch.library.register_kernel(QUANTISE, "cpu", _quantiser())
+
+
+def refuse_hub_kernels() -> None:
+    """Hide the package `kernels`, which comes with transformers; call it before transformers imports a model's code.
+
+    With it transformers and bitsandbytes fetch native code from the hub and run it: bitsandbytes while it is imported
+    on some processors, transformers for each model that it loads. What a job computes would depend on the hub's answer.
+    """
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # importing it fails, as if it were not installed
+    os.environ["USE_HUB_KERNELS"] = "NO"  # else transformers refuses to load a model without the package
 
 
 def _as_written(function: Any = None, **_: Any) -> Any:

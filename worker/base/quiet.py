@@ -21,8 +21,7 @@ def quieten() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    # bitsandbytes says that an optional kernel package is missing; peft calls a name that transformers will drop in v6
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    # peft calls a name that transformers will drop in v6
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
     # transformers offers its own launcher if it sees a process group
     logging.getLogger("transformers.training_args").addFilter(lambda said: "parallel_mode" not in said.getMessage())
