@@ -143,13 +143,8 @@ def _attention(shape: Shape, step: Step) -> Cost:
     scores = step.batch * shape.heads * step.length**2
     size = 2 if step.autocast or step.wide == 2 else 4
     gradients = tokens * size * 2 * q
-    if shape.single_key:  # torch has no fused kernel for one key head and computes in fp32
-        softmax = _softmax(scores, 4, copied=False)
-        keys = q if step.batch > 1 else kv  # spread over the heads by a view, which a batch of several rows copies
-        saved = softmax.saved + tokens * 4 * (q + 2 * keys)
-        return replace(softmax, saved=saved, working=softmax.working + 2 * gradients)
     # keys and values, once for every head
-    repeated = step.padded or step.eager or not step.grouped or shape.family == "falcon"
+    repeated = step.padded or step.eager or not step.grouped
     k = v = q if repeated else kv
     if shape.fused_qkv and not step.quantised and (kv == q or not repeated):
         v = q + 2 * kv  # a view, which keeps all of the fused layer's output
@@ -291,7 +286,7 @@ def stranded_bytes(shape: Shape, step: Step, ends: float) -> float:
     """What the loss leaves cached that the backward pass can't use. The allocator splits a free block for a smaller
     tensor, but never joins two for a larger one: scores that are larger than logits need memory of their own, as the
     loss needs in front of blocks that were cached while the forward pass ran."""
-    scores = step.batch * shape.heads * step.length**2 if step.eager or shape.single_key else 0
+    scores = step.batch * shape.heads * step.length**2 if step.eager else 0
     return ends if scores > (_chunk(step) if step.lean else step.tokens) * classes(shape, step) else 0.0
 
 

@@ -32,9 +32,6 @@ def shape_of(config: Any) -> Shape | None:
     return known if all(size > 0 for size in sizes) else None
 
 
-APART_BY_MASK = ("falcon",)
-"""Families whose own attention separates rows by a mask alone."""
-
 ROW_ATTENTION = ("full_attention", "sliding_attention")
 """Layers that row attention knows; others use masks of their own, or carry a state from token to token."""
 
@@ -43,7 +40,7 @@ def _needs_padding(config: Config) -> bool:
     """Whether the engine refuses to train it unpadded, as far as a config shows: `_by_model` of its choice.py."""
     kinds, routed = config.get("layer_types"), config.get("output_router_logits")
     others = isinstance(kinds, list) and any(kind not in ROW_ATTENTION for kind in kinds)
-    return config["model_type"] in APART_BY_MASK or others or bool(routed)
+    return bool(config.get("alibi")) or others or bool(routed)
 
 
 def _llama_kind(config: Config) -> Shape:

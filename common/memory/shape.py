@@ -112,11 +112,6 @@ class Shape:
         return self.family in ("phi3", "gpt_neox") or (self.family == "falcon" and not self.alibi)
 
     @property
-    def single_key(self) -> bool:
-        """One key head for all, left to torch to spread (Falcon's multi-query attention)."""
-        return self.family == "falcon" and self.kv_heads == 1 and self.heads > 1
-
-    @property
     def layers(self) -> int:
         return sum(block.count for block in self.blocks if block.text)
 

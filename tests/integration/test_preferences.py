@@ -219,6 +219,7 @@ def test_the_rejected_answer_does_not_see_the_chosen_one(family: str) -> None:
     }),
     ("Falcon", {  # its code reads the config's number in each pass
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_dropout": 0.3,
+        "attention_dropout": 0.3,
     }),
 ])  # fmt: skip
 def test_a_base_s_own_dropout_is_off_for_pairs_and_an_adapter_s_stays(family: str, sizes: dict[str, Any]) -> None:
