@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def read_documents(path: Path, what: str = JOB_FILE) -> list[Document]:
         if "'\\t'" in str(error.problem):
             raise wrong("tab character not allowed", "indent with two spaces", line=line) from None
         other = f"{what} is YAML" + (f", like {EXAMPLE}; its dataset.path names the data" if ours else "")
-        hint = _slip(error) if path.suffix in (".yaml", ".yml") else other
+        hint = slip_in(error) if path.suffix in (".yaml", ".yml") else other
         raise wrong(f"is not valid YAML: {error.problem or error}", hint, line=line) from None
     except yaml.reader.ReaderError as error:
         at = text.count("\n", 0, error.position) + 1
@@ -113,11 +114,13 @@ _SLIPS = {
     "could not find expected ':'": "write a colon and a space after a key, like name: mine",
     "expected ',' or": "the bracket of line {line} is not closed",
     "found unexpected end of stream": "the quote of line {line} is not closed",
+    "YAML reads": "write decimal digits without a leading zero, or put quotes around what is a time or a text",
 }
 """What people did wrong when PyYAML says this. `line`: where the bracket or the quote was opened."""
 
 
-def _slip(error: yaml.MarkedYAMLError) -> str | None:
+def slip_in(error: yaml.MarkedYAMLError) -> str | None:
+    """A hint for what the person probably did; None if it is not known."""
     begun = error.context_mark.line + 1 if error.context_mark else None
     hint = next((hint for words, hint in _SLIPS.items() if str(error.problem).startswith(words)), None)
     return None if hint is None or ("{line}" in hint and begun is None) else hint.format(line=begun)
@@ -149,7 +152,7 @@ def _documents(text: str) -> list[tuple[dict[tuple[str, ...], int], Any]]:
 
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader. Keys are the text as written, also 1, true and ~. It refuses whole numbers that are too long
-    for Python to print."""
+    for Python to print, and those that YAML 1.1 silently reads in base 8 and 60."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         if isinstance(node, yaml.MappingNode):  # else the loader's own says what and where, as of "!!map [a]"
@@ -163,7 +166,15 @@ class _Loader(yaml.SafeLoader):
         if len(str(node.value)) > MAX_DIGITS:
             problem = f"a number of more than {MAX_DIGITS} digits"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-        return int(super().construct_yaml_int(node))
+        number = int(super().construct_yaml_int(node))
+        if other := _OTHER_BASE.match(str(node.value)):
+            problem = f"YAML reads {node.value} in base {60 if other[1] else 8}, as {number}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return number
+
+
+_OTHER_BASE = re.compile(r"[-+]?(?:[\d_]+(:)|0[\d_])")
+"""1:30, which is 90, and 010, which is 8. 0x10 and 0b10 say their base."""
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

@@ -8,16 +8,17 @@ import difflib
 import json
 import re
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from loractl.common.errors import SpecError, SpecProblem
 from loractl.common.text import slip_of
 
-from .document import Document, load_yaml, read_documents, read_yaml
+from .document import Document, load_yaml, read_documents, read_yaml, slip_in
 from .names import from_address
 from .sections import AS_WRITTEN, DATA_SUFFIXES, GENERATED, AncestorJob, OwnMetric, RowFields, SourceSpec
 from .spec import JobSpec, spec_keys
@@ -250,6 +251,9 @@ def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str
         raise SpecError([problem])
     try:
         _, value = load_yaml(text)
+    except MarkedYAMLError as error:
+        wrong = replace(problem, key=key, what=f"is not valid YAML: {error.problem}", hint=slip_in(error))
+        raise SpecError([wrong]) from None
     except YAMLError:
         raise SpecError([problem]) from None
     *sections, last = key.split(".")

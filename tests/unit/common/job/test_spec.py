@@ -371,9 +371,12 @@ def test_a_wrong_override_is_blamed_on_the_command_line(tmp_path: Path) -> None:
     assert str(only(path, "lora.r=many")) == '--set: lora.r: "many" is not a whole number'
     unknown = only(path, "lora.rank=4")
     assert (str(unknown), unknown.hint) == ("--set: lora.rank: unknown key", "did you mean lora.r?")
+    open_bracket = only(path, "lora.r=[1")
+    assert str(open_bracket).startswith("--set: lora.r: is not valid YAML: expected ',' or ']'")
+    assert open_bracket.hint == "the bracket of line 1 is not closed"
 
 
-@pytest.mark.parametrize("override", ["lora.r", "=4", "lora.r=[1"])
+@pytest.mark.parametrize("override", ["lora.r", "=4"])
 def test_an_override_that_is_no_assignment_shows_the_right_form(tmp_path: Path, override: str) -> None:
     problem = only(write(tmp_path, MINIMAL), override)
     assert problem.what == "is not of the form key=value"
@@ -524,12 +527,28 @@ def test_broken_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
         ("name: a\nmethod\n", 3, "write a colon and a space after a key, like name: mine"),
         ("name: a\nlora: {r: 1\nmethod: lora\n", 3, "the bracket of line 2 is not closed"),
         ("name: 'a\nmethod: lora\n", 3, "the quote of line 1 is not closed"),
+        ("name: a\nresources: {time_limit: 1:30}\n", 2, "put quotes around what is a time"),
+        ("training:\n  max_steps: 010\n", 2, "without a leading zero"),
     ],
 )
 def test_a_slip_in_yaml_is_told_in_plain_words(tmp_path: Path, text: str, line: int, hint: str) -> None:
     """ "expected <block end>, but found '<block mapping start>'" was all."""
     problem = only(write(tmp_path, text))
     assert problem.line == line and hint in str(problem.hint)
+
+
+@pytest.mark.parametrize(
+    ("written", "number"), [("010", "in base 8, as 8"), ("1:30", "in base 60, as 90"), ("-0_7", "in base 8, as -7")]
+)
+def test_a_number_that_yaml_reads_in_another_base_is_refused(tmp_path: Path, written: str, number: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        load_spec(write(tmp_path, MINIMAL), [f"training.max_steps={written}"])
+    [problem] = refused.value.problems
+    assert (problem.file, problem.what) == ("--set", f"is not valid YAML: YAML reads {written} {number}")
+    assert "decimal digits" in str(problem.hint)
+    for same in ("16", "0x10", "0b1_0000", "1_6", "+16"):
+        assert load_spec(write(tmp_path, MINIMAL), [f"training.max_steps={same}"]).training.max_steps == 16
+    assert load_spec(write(tmp_path, MINIMAL), ["training.warmup_steps=0"]).training.warmup_steps == 0
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
@@ -648,7 +667,7 @@ def test_a_file_that_is_nested_too_deep_is_refused(tmp_path: Path, deep: str) ->
 def test_a_number_that_python_could_not_print_is_refused_with_its_line(tmp_path: Path, number: str) -> None:
     problem = only(write(tmp_path, MINIMAL + f"priority: {number}\n"))
     assert (problem.line, problem.what) == (4, "is not valid YAML: a number of more than 64 digits")
-    with pytest.raises(SpecError, match="not of the form key=value"):
+    with pytest.raises(SpecError, match=r"^--set: priority: is not valid YAML: a number of more than 64 digits$"):
         load_spec(write(tmp_path, MINIMAL), [f"priority={number}"])
 
 
