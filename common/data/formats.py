@@ -286,24 +286,22 @@ def parse_each(
                 what = f"has {name}, which is not read and changes what is learned"
                 raise DataError(file, what, row=row.number, hint=advice_about(name), kind="fields that are not read")
             example = parse(row, file)
-            if not _is_unicode(example):
-                what = "has half a character (a lone surrogate, such as \\ud83d), which is not Unicode text"
-                raise DataError(file, what, row=row.number, kind="not text")
+            for side in example.sides:
+                check_unicode((side.text, side.tools), side.turns, file, row.number)
             examples.add(example)
         except DataError as error:
             refused.append(error)
     return examples, refused
 
 
-def _is_unicode(example: Example) -> bool:
-    """Whether a tokenizer can take all texts of a row. JSON may escape half of an emoji that was cut in two."""
+def check_unicode(texts: Iterable[str], turns: Iterable[Turn], file: str | Path, row: int) -> None:
+    """Raises DataError for what no tokenizer takes: JSON may escape half of an emoji that was cut in two."""
     try:
-        for one in example.sides:
-            for part in (one.text, one.tools, *(part for turn in one.turns for part in (turn.content, *turn.apart))):
-                part.encode()
+        for text in (*texts, *(part for turn in turns for part in (turn.content, *turn.apart))):
+            text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        what = "has half a character (a lone surrogate, such as \\ud83d), which is not Unicode text"
+        raise DataError(file, what, row=row, kind="not text") from None
 
 
 def _in_two_lists(row: RawRow) -> bool:

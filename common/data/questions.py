@@ -11,7 +11,16 @@ from loractl.common.job.sections import DataFormat, DatasetSpec, PromptTemplate
 
 from .examples import Turn
 from .fields import Reading
-from .formats import INNER_COLUMNS, INPUT, conversation_turns, instruction_turns, map_columns, text_of, tools_of
+from .formats import (
+    INNER_COLUMNS,
+    INPUT,
+    check_unicode,
+    conversation_turns,
+    instruction_turns,
+    map_columns,
+    text_of,
+    tools_of,
+)
 from .pairs import prompt_row
 from .rows import DataFile, RawRow, Told, column_names
 
@@ -77,7 +86,9 @@ class Questions:
         read = self._reader(next(iter(rows)))
         for row in rows:
             tools = tools_of(row, self._path) if self._reading.wants("tools") and self._format in _TALKS else ""
-            yield Question(number=row.number, turns=read(row), tools=tools)
+            turns = read(row)
+            check_unicode((tools,), turns, self._path, row.number)
+            yield Question(number=row.number, turns=turns, tools=tools)
 
     def _reader(self, first: RawRow) -> Callable[[RawRow], tuple[Turn, ...]]:
         """How rows like the first one are read. Raises DataError if none of its columns asks anything."""

@@ -102,3 +102,17 @@ def test_a_row_that_asks_nothing_is_named(
     with pytest.raises(DataError) as refused:
         asked(tmp_path, rows, format)
     assert (refused.value.what, refused.value.row) == (what, len(rows))
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"text": "cut \ud83d"}, DataFormat.TEXT),
+        ({"messages": [said("user", "cut \ud83d")]}, DataFormat.MESSAGES),
+        ({"messages": [said("user", "a")], "tools": [{"name": "cut \ud83d"}]}, DataFormat.MESSAGES),
+    ],
+)
+def test_half_a_character_is_refused_with_its_row(tmp_path: Path, row: dict[str, Any], format: DataFormat) -> None:
+    """A tokenizer failed at it: a fault of loractl, to the person who asked."""
+    with pytest.raises(DataError, match="row 1: has half a character"):
+        asked(tmp_path, [row], format, fields="all")
