@@ -386,7 +386,10 @@ class ArtifactStore:
             try:
                 return self._files.read(f"{prefix}/{MANIFEST}")
             except FileNotFoundError:
-                raise ArtifactError(f"{self.url}/{prefix} has no manifest: nothing was stored there") from None
+                raise ArtifactError(
+                    f"{self.url}/{prefix} has no manifest: it was not stored, or was removed since",
+                    "if somebody removed it, restore it from a backup, or run the job again",
+                ) from None
 
     def _parsed(self, prefix: str, raw: bytes) -> Manifest:
         try:
