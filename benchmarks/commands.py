@@ -95,7 +95,7 @@ def measure(look: Callable[[], object]) -> tuple[float, float]:
 
 
 def end(engine: Engine) -> None:
-    """Let all that waits have ended."""
+    """Let all that waits have ended, after an attempt each."""
     values = (
         "status = 'succeeded', reason = 'ok', ended_at = submitted_at, started_at = submitted_at, attempt = 1,"
         " method = 'lora', node = 'box:0', message = 'better'"
@@ -104,6 +104,9 @@ def end(engine: Engine) -> None:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SET LOCAL statement_timeout = 0"))
         connection.execute(text(f"UPDATE jobs SET {values}"))
+        columns = "job_id, attempt, token, node, gpu, method, device_name, started_at, ended_at, reason"
+        attempts = "job_id, 1, '', node, 'GPU-0', method, 'a card', started_at, ended_at, reason"
+        connection.execute(text(f"INSERT INTO attempts ({columns}) SELECT {attempts} FROM jobs"))
 
 
 if __name__ == "__main__":
