@@ -40,6 +40,7 @@ def column_names(row: Mapping[str, Any]) -> str:
 _RELATIVE = "a path in a job file is relative to the job file"
 
 _A_LINE_EACH = "one object a line? name it .jsonl"
+_KEEP_ONE = "rename or remove one of them"
 
 
 def _hint_of_missing(path: Path) -> str:
@@ -199,12 +200,26 @@ def _bad_byte(path: Path) -> int:
             before += len(block)
 
 
+def _loads(path: Path, text: str, row: int | None = None) -> Any:
+    """The value that `text` holds; refuses an object that names a key twice, of which `json` keeps the last alone."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            twice = next(key for at, (key, _) in enumerate(pairs) if key in dict(pairs[:at]))
+            what = f"has an object with two keys {json.dumps(twice, ensure_ascii=False)}"
+            raise DataError(path, what, row=row, hint=_KEEP_ONE, kind="broken JSON")
+        return value
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
 def _parse_jsonl(path: Path, lines: Iterable[str]) -> Iterator[RawRow]:
     for number, line in enumerate(lines, start=1):  # splitlines() would split a row at U+2028
         if not line.strip():
             continue
         try:
-            value = json.loads(line.rstrip("\n"))
+            value = _loads(path, line.rstrip("\n"), number)
         except (ValueError, RecursionError) as error:  # ValueError: also a number of 4300 digits
             where = f" (column {error.colno}: {error.msg.lower()})" if isinstance(error, json.JSONDecodeError) else ""
             hint = _slip_in(line.strip())
@@ -227,7 +242,7 @@ def _slip_in(line: str) -> str | None:
 
 def _parse_json(path: Path, text: str) -> list[RawRow]:
     try:
-        value = json.loads(text)
+        value = _loads(path, text)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 4300 digits
         where = f" (line {error.lineno}: {error.msg.lower()})" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(path, f"is not valid JSON{where}", hint=_A_LINE_EACH, kind="broken JSON") from None
@@ -249,7 +264,7 @@ def _parse_csv(path: Path, lines: Iterable[str]) -> Iterator[RawRow]:
         names = list(reader.fieldnames or ())
         if twice := next((name for name in names if name and names.count(name) > 1), None):
             what = f"has two columns named {column_names({twice: None})}"
-            raise DataError(path, what, hint="rename or remove one of them", kind="broken CSV")
+            raise DataError(path, what, hint=_KEEP_ONE, kind="broken CSV")
         for number, value in enumerate(reader, start=1):
             if None in value or None in value.values():
                 raise DataError(

@@ -157,6 +157,8 @@ def test_a_quoted_field_of_csv_may_hold_commas_and_lines(tmp_path: Path) -> None
         ("d.jsonl", '{"text": "a"}\n{"text": \n', 2, "is not valid JSON (column 10: expecting value)"),
         ("d.jsonl", '{"text": "a"}\n["b"]\n', 2, "is a list, not an object with columns"),
         ("d.jsonl", '{"n": ' + "1" * 5000 + "}\n", 1, "is not valid JSON"),
+        ("d.jsonl", '{"text": "a"}\n{"text": "a", "text": "b"}\n', 2, 'has an object with two keys "text"'),
+        ("d.json", '[{"turns": [{"role": "a", "role": "b"}]}]', None, 'has an object with two keys "role"'),
         ("d.json", '[{"text": "a"}, 5]', 2, "is a number, not an object with columns"),
         ("d.json", '{"text": "a"}', None, "is not an array of objects"),
         ("d.json", "[" + "1" * 5000 + "]", None, "is not valid JSON"),
