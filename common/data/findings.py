@@ -148,7 +148,7 @@ def label_shares(examples: Sequence[Example]) -> dict[str, float] | None:
 
 
 def shares_of(counted: Counter[str]) -> dict[str, float] | None:
-    """The same for answers that were counted."""
+    """Share of each answer, the most frequent first; None where these do not look like labels."""
     if not counted or len(counted) > LABELS or len(counted) * 2 > counted.total():
         return None
     if any(len(answer.split()) > LABEL_WORDS for answer in counted):

@@ -40,6 +40,7 @@ def column_names(row: Mapping[str, Any]) -> str:
 _RELATIVE = "a path in a job file is relative to the job file"
 
 _A_LINE_EACH = "one object a line? name it .jsonl"
+_NO_ARRAY = "a .jsonl file has one object a line; name it .json if it is one array"
 _KEEP_ONE = "rename or remove one of them"
 
 
@@ -230,7 +231,7 @@ def _parse_jsonl(path: Path, lines: Iterable[str]) -> Iterator[RawRow]:
 def _slip_in(line: str) -> str | None:
     """What a line probably is in place of JSON."""
     if line.startswith("[") or line == "{":
-        return "a .jsonl file has one object a line; name it .json if it is one array"
+        return _NO_ARRAY
     if not line.startswith("{"):
         return "a .jsonl file has one object a line; name it .csv if it is a table with commas"
     if line.startswith("{'"):
@@ -312,7 +313,8 @@ def _long_row(batch: Any, longest: int) -> int | None:
 
 def _row(path: Path, number: int, value: Any) -> RawRow:
     if not isinstance(value, dict):
-        raise DataError(path, f"is {kind_of(value)}, not an object with columns", row=number)
+        hint = _NO_ARRAY if isinstance(value, list) and path.suffix.lower() == ".jsonl" else None
+        raise DataError(path, f"is {kind_of(value)}, not an object with columns", row=number, hint=hint)
     return RawRow(number=number, value=value)
 
 

@@ -135,7 +135,8 @@ def load_yaml(text: str) -> tuple[dict[tuple[str, ...], int], Any]:
 
 
 def _documents(text: str) -> list[tuple[dict[tuple[str, ...], int], Any]]:
-    """The same for each document that is not empty, or for one empty document. Raises YAMLError."""
+    """The lines and the value, as load_yaml, of each document that is not empty, or of one empty document. Raises
+    YAMLError."""
     try:
         nodes = list(yaml.compose_all(text, Loader=_Loader))
         for node in nodes:

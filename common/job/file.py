@@ -134,7 +134,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
 
 
 def load_specs(path: Path, overrides: Sequence[str] = ()) -> list[JobSpec]:
-    """The same for a file of one or more jobs, separated by ---. The overrides apply to all of them."""
+    """Read a file of one or more jobs, separated by ---, each as load_spec. The overrides apply to all of them."""
     specs, problems = [], []
     for document in read_documents(path):
         try:

@@ -77,7 +77,7 @@ class TaskKind:
         yield from ()
 
     def idle(self, spec: Sections) -> Iterator[str]:
-        """The same for keys of a job file that would have no effect; a stored spec may have them."""
+        """Sentences, as of `unfit`, for keys of a job file that would have no effect; a stored spec may have them."""
         if spec.preference != PreferenceSpec():
             yield "preference: is for task_type: preference, which learns from pairs; leave it out"
 

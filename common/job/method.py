@@ -75,7 +75,7 @@ class Roomy:
         }
 
     def with_half(self, need: Need, planned: Need, rows: int) -> Roomy:
-        """The same plus, last, the form that recomputes every second block, in the smallest micro-batch.
+        """These forms and, last, the one that recomputes every second block, in the smallest micro-batch.
 
         It takes no more than the middle between the job's need and what it takes without recomputing: the plan is the
         largest of sums that grow by the same with each block that keeps its activations. Only the smallest micro-batch

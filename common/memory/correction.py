@@ -105,8 +105,8 @@ def learned(planned: Need, need_key: str, attempts: Sequence[Measured]) -> Need:
 
 
 def learned_roomy(planned: Roomy, need_key: str, attempts: Sequence[Measured]) -> Roomy:
-    """The same for what the job takes without recomputing, by attempts that had the room. A micro-batch of one size
-    teaches other sizes in proportion to their plans."""
+    """The plan of what the job takes without recomputing, corrected by attempts that had the room. A micro-batch of one
+    size teaches other sizes in proportion to their plans."""
 
     def corrected(method: Method) -> tuple[RoomyForm, ...]:
         factor = _factor(need_key, [a for a in attempts if a.roomy and a.method is method])

@@ -200,7 +200,7 @@ def time_to_checkpoint(card: Card, job: Waiting) -> float:
 
 
 def time_unmeasured(window_s: float | None) -> float:
-    """The same for a job whose time was never measured."""
+    """Seconds that must be left for a job whose time to a checkpoint was never measured."""
     return UNMEASURED_S if window_s is None else min(UNMEASURED_S, window_s / 2)
 
 
@@ -294,7 +294,7 @@ def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
 
 
 def room_for(card: Card, job: Waiting, size: int, now: dt.datetime) -> Room | None:
-    """The same for a job, which needs time for a checkpoint then: no room outlasts its card's worker."""
+    """When the card will have room for the job, and time for its checkpoint: no room outlasts its card's worker."""
     room = room_at(card, size, now)
     if room is None or card.left_s is None:
         return room
@@ -310,7 +310,7 @@ class Kept:
     spare_slots: int
 
     def less(self, size: int) -> Kept:
-        """The same once a job has taken `size` bytes."""
+        """What is still kept once a job has taken `size` bytes."""
         return Kept(node=self.node, spare=self.spare - size, spare_slots=self.spare_slots - 1)
 
 
@@ -331,6 +331,6 @@ class Reservation(Kept):
         return next((kept for kept in self.cards if kept.node == node), None)
 
     def without(self, node: str, size: int) -> Reservation:
-        """The same once a job has taken `size` bytes of a card."""
+        """What is still kept once a job has taken `size` bytes of a card."""
         own, *beside = (kept.less(size) if kept.node == node else kept for kept in self.cards)
         return replace(self, spare=own.spare, spare_slots=own.spare_slots, beside=tuple(beside))

@@ -310,8 +310,8 @@ def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]]
 
 
 def _for_gang(job: Waiting, gang: SharedNeed, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]] | None:
-    """The same for a job on several cards: the cards, and the jobs that would have to stop on any of them. It does not
-    begin on a silent card: stopping jobs for that one would gain nothing."""
+    """Cards for a job on several, as a phrase, and the jobs that would have to stop on any of them. It does
+    not begin on a silent card: stopping jobs for that one would gain nothing."""
     options, heard = [], [card for card in takers(job, gang, cards) if not card.silent]
     for method in job.methods:
         size = gang.need.of(method)

@@ -34,7 +34,7 @@ def show(answer: HasJson, as_json: bool, text: Callable[[], str]) -> None:
 
 
 def show_page(answer: Paged, as_json: bool, text: Callable[[], str]) -> None:
-    """The same for a part of a list. The text says how to continue; with JSON that goes to stderr."""
+    """Print a part of a list. The text says how to continue; with JSON that goes to stderr."""
     show(answer, as_json, text)
     if as_json and answer.after is not None:
         click.echo(f"More: the same command with --after {answer.after}", err=True)

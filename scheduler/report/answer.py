@@ -66,7 +66,7 @@ def look(store: Store, artifacts: ArtifactStore, job_id: int, stored: Binding, u
 
 
 def seen(store: Store, job_id: int, content: Mapping[str, Any] | None) -> FinalResult | None:
-    """The same without a new look: None while nobody has looked at this job's."""
+    """What `look` answered last, without a new look; None while nobody has looked at this job's."""
     looks = [] if content is None else store.results.looks(str(content["sha256"]))
     while looks and looks[-1].job_id != job_id:
         looks.pop()

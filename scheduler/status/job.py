@@ -76,7 +76,7 @@ class JobState:
 
     @property
     def place(self) -> str:
-        """The same, as short as possible."""
+        """The cards on which it runs, as short as possible."""
         return in_short(self.cards or (self.node or "–",))
 
     @property

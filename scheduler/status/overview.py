@@ -119,7 +119,7 @@ def overview(
 
 
 def told_of_queue(answer: Overview, settings: Settings) -> Overview:
-    """The same, but while the queue is down, it is the reason for jobs that a card is about to take."""
+    """The overview; while the queue is down, that is the reason of jobs that a card is about to take."""
     if all(wait.tier is not Tier.NEXT for wait in answer.waits.reasons.values()):
         return answer
     from loractl.common.queue.hints import queue_away

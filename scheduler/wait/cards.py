@@ -332,7 +332,7 @@ def trouble_of(view: FleetView, node: str) -> str | None:
 
 
 def interruption_of(view: FleetView, node: str) -> str | None:
-    """The same, but only what would end a running job early: on a drained card it runs to its end."""
+    """What would end a running job early on this card, in a few words; on a drained card it runs to its end."""
     silent = silent_s(view, node)
     if silent > SILENT_S:
         return f"silent for {duration(silent)}"

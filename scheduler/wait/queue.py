@@ -79,7 +79,7 @@ def with_awaited(view: FleetView, store: Store, jobs: Sequence[Job]) -> FleetVie
 
 
 def without_queue(waits: WaitingJobs, away: str) -> WaitingJobs:
-    """The same while the queue is down (`away`: a sentence): a job that a card is about to take waits for the queue."""
+    """The reasons while the queue is down (`away`: a sentence): jobs that a card is about to take wait for it."""
     told = {
         job_id: replace(wait, word="queue", sentence=f"{away}; {wait.sentence}, by polling")
         for job_id, wait in waits.reasons.items()

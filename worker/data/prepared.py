@@ -83,7 +83,7 @@ class PreparedData:
 
     @property
     def of_final(self) -> PreparedData | None:
-        """The same with the final rows as the held-out rows, to measure them in the same way; None if there are
+        """This data with the final rows as the held-out rows, to measure them in the same way; None if there are
         none."""
         return None if self.final is None else replace(self, held_out=self.final, regression=None, final=None)
 

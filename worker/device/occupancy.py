@@ -100,7 +100,7 @@ CARD_VARIABLE = "LORACTL_CARD"
 """The variable with its card, by its node's name and home."""
 
 RANK_VARIABLE = "LORACTL_RANK_CARD"
-"""The same for a process on a card whose node did not start it: a rank of a job on several cards."""
+"""The variable with the card of a process that another card's node started: a rank of a job on several cards."""
 
 HIGH_WATER_S = 600.0
 """The most that other people's processes held stays reserved for them for this long, unless the box's owner says

@@ -112,7 +112,7 @@ _AFTER = f'FROM jobs WHERE {READY} AND "user" = :user AND queue_key = :key AND {
 _NEXT = _typed(f"SELECT {_COLUMNS} {_AFTER}")
 _SHORT = text(f"SELECT job_id, submitted_at, work_left_s {_AFTER}")
 _NEXT_ALIKE = _SHORT.bindparams(bindparam("now", type_=UtcDateTime())).columns(submitted_at=UtcDateTime())
-"""The same query for a key that holds everything else the rule needs: it reads three columns."""
+"""_NEXT for a key that holds everything else the rule needs: it reads three columns."""
 
 _NUMBERED = _typed(
     f"SELECT {_COLUMNS} FROM jobs WHERE {READY} AND job_id IN :numbers",  # noqa: S608  no input

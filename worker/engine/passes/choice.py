@@ -33,7 +33,7 @@ TOLERANCE = 0.01
 """Share of the largest logit that rounding may move; another row in sight, or a scale left out, moves far more."""
 
 KERNELS = 0.05
-"""The same share between two kernels for the same numbers in 16 bit: a real model of 30 layers moves by more than 0.01.
+"""TOLERANCE between two kernels for the same numbers in 16 bit: a real model of 30 layers moves by more than 0.01.
 Two ways to compute attention differ so, and on a card products with other numbers of rows: cuBLAS, and bitsandbytes for
 NF4, pick kernels by that number."""
 

@@ -78,7 +78,7 @@ def widens(x: torch.Tensor) -> bool:
 
 
 def may_widen(device: torch.device, kind: torch.dtype) -> bool:
-    """The same for numbers of this type on this device, outside `narrow`."""
+    """Whether products of numbers of this type on this device are computed in fp32, outside `narrow`."""
     return kind is torch.bfloat16 and device.type == "cpu" and multiplies_wide()
 
 

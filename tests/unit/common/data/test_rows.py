@@ -186,6 +186,7 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str
         ("d.jsonl.gz", "a", "it is packed: unpack it first"),
         ("d.csv", "review;mood\ngood;1\n", "write commas between the columns, and quote a value that holds one"),
         ("d.jsonl", '[\n{"text": "a"}\n]\n', "a .jsonl file has one object a line; name it .json if it is one array"),
+        ("d.jsonl", '[{"text": "a"}]\n', "a .jsonl file has one object a line; name it .json if it is one array"),
     ],
 )
 def test_a_file_with_the_other_ending_gets_a_hint(tmp_path: Path, name: str, text: str, hint: str) -> None:
