@@ -394,9 +394,11 @@ def _keep(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Reservation | None:
 
 
 def _keep_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet, now: dt.datetime) -> Reservation | None:
-    """Keep the cards of one box where the job can start first. Those that have room already are lent to others while
-    that is far off. A card that takes nothing at the moment may do so when the others have room."""
-    cards = [replace(card, stuck=False) for card in takers(job, gang, fleet.cards.values())]
+    """Keep the cards of one box where the job can start first, of those that are kept for no other job. Those that have
+    room already are lent to others while that is far off. A card that takes nothing at the moment may do so when the
+    others have room."""
+    allowed = takers(job, gang, fleet.cards.values())
+    cards = [replace(card, stuck=False) for card in allowed if card.node not in fleet.promised]
     first = first_gathering(job, gang, cards, now)
     if first is None:
         return None
