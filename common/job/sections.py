@@ -10,7 +10,7 @@ import enum
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -189,7 +189,7 @@ def _checkpointing(value: Any) -> Checkpointing:
 def _steps_or_share(value: Any) -> int | float:
     """Whole steps, or below 1 a share of all steps. Not limits of a union: it would complain once for each kind."""
     try:
-        number = float("nan") if isinstance(value, bool) else float(value)
+        number = float("" if isinstance(value, bool) else value)
     except (TypeError, ValueError):
         raise PydanticKnownError("float_type") from None
     if not number > 0:
@@ -285,6 +285,17 @@ TaskName = Annotated[str, AfterValidator(_task_name)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic reads true as 1: an epoch, a sample or a rank that nobody meant."""
+        if value is True or value is False:
+            annotation = cls.model_fields[str(info.field_name)].annotation
+            kinds = {*(get_args(annotation) or (annotation,))} - {type(None)}
+            if kinds and kinds <= {int, float}:
+                raise PydanticKnownError("int_type" if kinds == {int} else "float_type")
+        return value
 
 
 class AncestorJob(Section):
