@@ -173,7 +173,7 @@ def test_three_kills_in_one_run_change_no_bit_of_it(
         assert lab.attempt(box) is Status.QUEUED
         assert kill.done.is_set()
         if lab.store.jobs.get(killed).held:  # thrice without a further checkpoint
-            lab.store.jobs.retry(killed, "ada")
+            lab.store.jobs.release(killed, "ada")
     monkeypatch.setattr(SupervisedAttempt, "hear", HEAR)
     monkeypatch.delenv(warm.SOCKET)
     assert lab.attempt("owl") is Status.SUCCEEDED

@@ -713,7 +713,7 @@ def test_eval_steps_are_steps_or_below_1_a_share(tmp_path: Path, value: str, rea
     ("value", "says"),
     [
         ("0", "0 must be above 0"), ("-1", "-1 must be above 0"), ("1.5", "1.5 is not a whole number; below 1"),
-        ("many", '"many" is not a number'), ("true", "true must be above 0"), ("[1]", "[1] is not a number"),
+        ("many", '"many" is not a number'), ("true", "true is not a number"), ("[1]", "[1] is not a number"),
     ],
 )  # fmt: skip
 def test_other_eval_steps_are_refused(tmp_path: Path, value: str, says: str) -> None:
