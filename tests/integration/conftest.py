@@ -132,6 +132,7 @@ def start(tiny_model: Path, tmp_path: Path, cache: Path) -> Callable[..., Start]
         job: dict | None = None,
         memory_limit: int | None = None,
         lm_eval_tasks: Path | None = None,
+        cache_dir: Path | None = None,
         **training: object,
     ) -> Start:
         spec = JobSpec.model_validate(
@@ -177,7 +178,7 @@ def start(tiny_model: Path, tmp_path: Path, cache: Path) -> Callable[..., Start]
             output_dir=str(folder / "result"),
             checkpoint_dir=str(folder / "checkpoints"),
             earlier_checkpoints=[str(tmp_path / resume / "checkpoints")] if resume else [],
-            cache_dir=str(cache),
+            cache_dir=str(cache_dir or cache),
             lm_eval_tasks=str(lm_eval_tasks) if lm_eval_tasks else None,
         )
 

@@ -458,10 +458,11 @@ def test_the_history_says_why_rows_are_padded_and_each_message_how_far_the_evalu
 
 
 def test_a_model_that_proves_to_need_padding_is_planned_anew_with_it(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(choice, "rows_together", lambda *_: "rows behind each other would see each other in this model")
-    ended, told = recipe(max_steps=1, dtype="float32", evaluation={"samples": 0, "metrics": ["loss"]})
+    keys = {"max_steps": 1, "dtype": "float32", "evaluation": {"samples": 0, "metrics": ["loss"]}}
+    ended, told = recipe(cache_dir=tmp_path, **keys)  # no other test has tried the base there
     assert ended.reason is Reason.OK
     lean, padded = [m.lora for m in told if isinstance(m, Planned) and m.base is None]
     assert lean and padded and padded > lean

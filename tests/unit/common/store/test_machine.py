@@ -96,7 +96,7 @@ class Known:
     not_before: dt.datetime | None = None
     held: bool = False
     cancel_asked: bool = False
-    gives_way: bool = False
+    gives_way: Known | None = None  # to this job, while that one waits
     checkpoint: StoredCheckpoint | None = None
     retries: int = 0
     failures: int = 0  # of the lab's, in a row without a further checkpoint
@@ -133,7 +133,7 @@ class Known:
     def end(self, reason: Reason, now: dt.datetime, told: Status | None = None) -> None:
         """The attempt ends. `told`: the store's answer where this model has no opinion (out of memory)."""
         assert self.holder is not None
-        self.holder.ended, self.holder, self.gives_way, self.not_before = reason, None, False, None
+        self.holder.ended, self.holder, self.gives_way, self.not_before = reason, None, None, None
         if reason is Reason.OK:
             self.become(Status.SUCCEEDED)
         elif self.cancel_asked or reason in (Reason.CANCELLED, Reason.PRUNED):
@@ -169,6 +169,11 @@ class Known:
         self.failures = 1 if self.reached is not None and step > self.reached else self.failures + 1
         self.reached = step
         self.held = self.failures >= HELD_AFTER
+
+    @property
+    def waits(self) -> bool:
+        """For nothing but a card, or the end of a pause."""
+        return self.status is Status.QUEUED and not self.held and self.awaits is None
 
     def may_start(self, now: dt.datetime) -> bool:
         waits = self.not_before is not None and self.not_before > now
@@ -312,7 +317,7 @@ class Life(RuleBasedStateMachine):
         if mine:
             job.lease = self.clock.now + dt.timedelta(seconds=LEASE_S)
             assert answer.cancel_requested is job.cancel_asked
-            assert (answer.preempted_by is not None) is job.gives_way
+            assert answer.preempted_by == (job.gives_way.job_id if job.gives_way and job.gives_way.waits else None)
         self.written(job, number, mine)
 
     @rule(run=runs, now=st.booleans(), reason=st.sampled_from(ENDS), retried=st.booleans())
@@ -413,10 +418,18 @@ class Life(RuleBasedStateMachine):
             else []
         )
         asked = [j for j in self.known.values() if j.gives_way]
-        for job_id in self.store.cards.preempt():
-            job = self.known[job_id]
+        stopped = self.store.cards.preempt()
+        for job in asked:
+            assert job.gives_way is not None
+            if not job.gives_way.waits:
+                job.gives_way = None  # taken back: it would help nobody any more
+        asked = [j for j in asked if j.gives_way]
+        for job_id in stopped:
+            job, row = self.known[job_id], self.store.jobs.get(job_id)
             assert job.status is Status.RUNNING and job.preemptible and not asked
-            job.gives_way = True
+            assert row.preempted_by is not None
+            job.gives_way = self.known[row.preempted_by]
+            assert job.gives_way.waits
         return multiple(*new)
 
     @rule(seconds=st.sampled_from([1, 11, 59, 61, 700, 4000, -1, -61, -4000]))
@@ -443,7 +456,7 @@ class Life(RuleBasedStateMachine):
             assert row.not_before == job.not_before
             assert (row.attempt, row.retries_used) == (len(job.runs), job.retries)
             assert (row.ended_at is not None) is (job.status in ENDED)
-            assert (row.preempted_by is not None) is job.gives_way
+            assert row.preempted_by == (job.gives_way and job.gives_way.job_id)
             assert row.checkpoint == (vars(job.checkpoint) if job.checkpoint else None)
             result = job.published and job.published.result
             assert (result is not None) is (job.status is Status.SUCCEEDED)
