@@ -62,7 +62,7 @@ tests:
 	$(PYTEST) --durations=10
 
 test-long: model  ## all the rest, too: tests marked long, both databases, many more examples of each property
-	TESTS=long FUZZ_EXAMPLES=5000 STORE_EXAMPLES=2000 $(PYTEST) --timeout=3600
+	TESTS=long FUZZ_EXAMPLES=1000 STORE_EXAMPLES=500 $(PYTEST) --timeout=3600
 
 CHAOS_JOBS ?= 1000
 

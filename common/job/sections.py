@@ -708,7 +708,7 @@ class PreferenceSpec(Section):
     loss_type: Annotated[str | list[str], BeforeValidator(_losses)] = "sigmoid"
     """sigmoid (DPO, arXiv:2305.18290), ipo (2310.12036), hinge (2305.10425), robust (2403.00409), simpo (2405.14734),
     orpo (2403.07691); or several, as [sigmoid, sft], where sft is the loss of the chosen answers."""
-    loss_weights: list[Annotated[float, Field(gt=0)]] | None = None
+    loss_weights: list[Annotated[float, Field(gt=0, strict=True)]] | None = None
     """The weight of each of several losses; null: 1 each. A loss that should not count is left out of loss_type."""
     beta: float = Field(0.1, gt=0)
     """A larger value keeps the adapter closer to its reference. ipo's tau; the scale of simpo's rewards (2 or more);

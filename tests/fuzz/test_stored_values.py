@@ -2,7 +2,7 @@
 
 What is stored stops no claim, no answer and no gc, and an ended job stays as it is. On SQLite any type in any column,
 on PostgreSQL what each column's type takes; and what a login of people may write.
-STORE_EXAMPLES=2000 pytest tests/fuzz/test_stored_values.py is the long run: on PostgreSQL more than an hour.
+STORE_EXAMPLES=2000 pytest tests/fuzz/test_stored_values.py is the longest run: on PostgreSQL more than an hour.
 """
 
 from __future__ import annotations

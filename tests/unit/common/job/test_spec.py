@@ -192,6 +192,11 @@ def test_a_template_is_for_rows_with_turns(tmp_path: Path) -> None:
         ("evaluation: {samples: false}", "evaluation.samples", "false is not a whole number"),
         ("training: {neftune_noise_alpha: true}", "training.neftune_noise_alpha", "true is not a number"),
         ("training: {eval_steps: true}", "training.eval_steps", "true is not a number"),
+        (
+            "preference: {loss_type: [sigmoid], loss_weights: [true]}",
+            "preference.loss_weights.0",
+            "true is not a number",
+        ),
         ("lora: {r: 0}", "lora.r", "0 must be at least 1"),
         ("lora: {r: 2000}", "lora.r", "2000 must be at most 1024"),
         ("lora: {lora_dropout: 1}", "lora.lora_dropout", "1 must be below 1.0"),

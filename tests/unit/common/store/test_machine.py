@@ -4,7 +4,7 @@
 2. At most one attempt publishes a result; every write names its token, and a stale one is refused and writes nothing.
 3. A finished job never changes, and a cancel that was acknowledged never runs again, unless a person retries the job.
 
-STORE_EXAMPLES=2000 pytest tests/unit/common/store/test_machine.py is the long run.
+STORE_EXAMPLES=2000 pytest tests/unit/common/store/test_machine.py is the longest run.
 """
 
 from __future__ import annotations
