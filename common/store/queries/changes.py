@@ -27,7 +27,7 @@ from .lab_settings import refuse_stranger
 
 Answer = TypeVar("Answer")
 
-_SAID = {
+SAID = {
     "cancel": "cancel asked for", "cancelled": "cancelled", "held": "held", "retry": "queued again", "edited": "edited",
 }  # fmt: skip
 """The history's words for each, before the name of the person."""
@@ -53,11 +53,11 @@ def change_row(
     """Change a job's row if its columns are still as `seen`, and record who did it; None if they are not.
 
     Returns the job as it is then: on PostgreSQL when the transaction commits, which raises Overtaken where another
-    transaction has changed or locked the row meanwhile. `kind`: one of _SAID. `tail`: what the history says after who
+    transaction has changed or locked the row meanwhile. `kind`: one of SAID. `tail`: what the history says after who
     did it. `expected`: other columns to compare."""
     tail = storable(tail).translate({10: " ", 13: " "})  # one line of the history, as loractl_change writes it
     expected = {**seen(job), **(expected or {})}
-    said = f"{_SAID[kind]} by {user}{tail}"
+    said = f"{SAID[kind]} by {user}{tail}"
     over = {**new, "message": said} if kind in ("cancelled", "held") else new
     if tx.has_functions:
         asked = {"number": job.job_id, "kind": kind, "expected": as_json(expected), "new": as_json(new)}

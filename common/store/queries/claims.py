@@ -145,8 +145,8 @@ def _take(
         return _Obstacle.LOCKED
     job, now = locked
     placed = replace(placed, job=replace(placed.job, job_id=job.job_id))
-    if not is_ready(job, now):
-        return Left(nodes=frozenset())  # another node's claim was faster, or a person held it
+    if not is_ready(job, now) or job.queue_key != placed.job.key:
+        return Left(nodes=frozenset())  # another node's claim was faster, or a person held it or edited what it needs
     if job.cancel_requested:  # it was given back while it was cancelled
         answer_wishes(tx)
         return Left(nodes=frozenset())

@@ -116,8 +116,10 @@ def _go_on(tx: Transaction, blocked: Select[Job]) -> None:
     now = tx.now()
     # the first of each job that has ended, then the second of each: a job with many followers holds up no others
     turn = func.row_number().over(partition_by=Job.awaits, order_by=Job.job_id).label("turn")
-    turns = blocked.with_only_columns(Job.job_id, turn).subquery()
+    turns = blocked.with_only_columns(Job.job_id, Job.awaits, turn).subquery()
     some = select(Job).join(turns, turns.c.job_id == Job.job_id).order_by(turns.c.turn, Job.job_id).limit(AT_ONCE)
+    # PostgreSQL asks again what it has locked, of the row that is locked alone: a person may have changed it since
+    some = some.where(Job.status == Status.QUEUED, Job.awaits == turns.c.awaits)
     for job in tx.session.scalars(some.with_for_update(of=Job, **SKIP_LOCKED)).all():
         job_id = job.job_id
         tx.apart(job_id, lambda job=job: _next(tx, job, now))  # type: ignore[misc]

@@ -14,7 +14,7 @@ from sqlalchemy import Select, bindparam, func, select, update
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method, Need, Roomy, RoomyForm, SharedNeed, Ways, within
-from loractl.common.job.status import Status
+from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import ENGINE, FACTOR_BOUNDS, GROWTH, Measured
 from loractl.common.placement.gangs import gang_of
 from loractl.common.units import GIB, gib
@@ -36,7 +36,10 @@ AT_ONCE = 100
 """Jobs that are planned again in one go."""
 
 OUTSIDER_SHARE = 0.85
-"""An attempt that ran out of memory below this share of its reservation lacked what another program had taken."""
+"""An attempt that ran out of memory below this share of its reservation lacked what another program had taken, or could
+not be given what it asked for at once: it was, where the OUTSIDER_LIMIT-th in a row ends so."""
+
+OUTSIDER_LIMIT = 3
 
 
 def plan_again(
@@ -62,6 +65,7 @@ def plan_again(
     job.planned, job.vram_lora, job.vram_qlora = new, known["lora"], known["qlora"]
     if roomy is not None:
         job.roomy = _as_learned(Roomy.read(job.roomy), roomy).as_json()
+    line_up(job, node_labels(job), tx.now())  # cards that are now large enough find it there once it waits again
     size, attempt = known[claim.method.value], tx.session.get(Attempt, (claim.job_id, claim.attempt))
     plan = new.get(claim.method.value)
     if running is not None and claim.vram_planned and claim.vram_reserved:
@@ -215,11 +219,14 @@ def need_more(tx: Transaction, job: Job, card: str, gave: int, message: str, now
     method = Method(job.method or Method.LORA.value)
     assert attempt is not None
     peak = peak_of(attempt)
-    if attempt.device_kind == "nvml" and 0 < peak < OUTSIDER_SHARE * gave:
-        return True, f"{message}; another program took memory of {card}"
-    open_methods(job, now)
     shares = select(AttemptShare).where(AttemptShare.job_id == job.job_id, AttemptShare.attempt == job.attempt)
-    if cards := len(tx.session.scalars(shares).all()):
+    cards = len(tx.session.scalars(shares).all())
+    planned = 0 if cards else Need(lora=job.vram_lora, qlora=job.vram_qlora).of(method) or 0
+    if planned <= gave and _may_lack_what_others_took(tx, attempt, gave):
+        had = f"it held {gib(peak)} of its {gib(gave)} GiB"
+        return True, f"{message}; {had}, so another program seems to have taken memory of {card}"
+    open_methods(job, now)
+    if cards:
         return _each_needs_more(tx, job, cards, gave, message, now)
     largest = _largest(tx)
     node = tx.session.get(Node, job.node)
@@ -237,6 +244,17 @@ def need_more(tx: Transaction, job: Job, card: str, gave: int, message: str, now
     job.adjustment = None  # more memory, or another method: the job's own batch may fit
     line_up(job, node_labels(job), now)
     return True, f"{message}; it waits for {gib(job.vram_needed)} GiB now"
+
+
+def _may_lack_what_others_took(tx: Transaction, attempt: Attempt, gave: int) -> bool:
+    before = select(Attempt).where(Attempt.job_id == attempt.job_id, Attempt.attempt < attempt.attempt)
+    last = tx.session.scalars(before.order_by(Attempt.attempt.desc()).limit(OUTSIDER_LIMIT - 1)).all()
+    same = [one for one in last if one.reason is Reason.OUT_OF_MEMORY and _held_less(one, one.vram_reserved or 0)]
+    return _held_less(attempt, gave) and len(same) < OUTSIDER_LIMIT - 1
+
+
+def _held_less(attempt: Attempt, gave: int) -> bool:
+    return attempt.device_kind == "nvml" and 0 < peak_of(attempt) < OUTSIDER_SHARE * gave
 
 
 def _each_needs_more(

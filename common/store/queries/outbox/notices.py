@@ -24,12 +24,15 @@ from loractl.common.store.tables import FREE, OF_PEOPLE, AttemptShare, Event, Jo
 from loractl.common.store.transaction import Transaction
 from loractl.common.text import clean_line, storable
 
+from ..changes import SAID
 from ..jobs import read_job
 from ..lines import lines_of
 from ..sweeps import read_sweeps
 
 NEWS_S = 24 * 3600.0
 """A silence that is older is no news."""
+
+_BY = tuple(f"{said} by " for said in SAID.values())
 
 MOST_TEXT = 2000
 """Characters of a message: a job's own words may be long."""
@@ -101,11 +104,12 @@ def tell_of_changes(tx: Transaction, since: dt.datetime) -> None:
     )
     users = select(changed, Job.user).join(Job, Job.job_id == changed.c.job_id).order_by(changed.c.at)
     for event_id, job_id, told, _, user in tx.session.execute(users).all():
-        if re.match(rf"[a-z ]+ by {re.escape(user)}(:|$)", told):
-            continue
+        by = next((told.removeprefix(start) for start in _BY if told.startswith(start)), None)
+        if by is None or re.match(rf"{re.escape(user)}(:|$)", by):
+            continue  # loractl's own deed, as where no member of a sweep is the best; or the owner's
         job = tx.session.get_one(Job, job_id)
         if names := names_in(job.spec):
-            then = f"It is {job.status.in_words}."
+            then = f"It {job.status.in_words}."
             _post(tx, names, f"changed:{event_id}", "job.changed", job, f"{job.name}: {told}", then)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
 
 from loractl.common.errors import JobNotFound
 from loractl.common.job.method import Method
@@ -16,6 +19,7 @@ from loractl.common.store.queries.cards.shares import lock
 from loractl.common.store.records import Choice, Claim, Left, Page, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
+from loractl.scheduler.change.amendment import amendment
 
 from ....waiting import until_blocked
 from ...factories import NOON, PLENTY, RESULT, Clock, node_state, submission, take
@@ -287,6 +291,37 @@ def test_a_card_whose_job_is_locked_still_looks_again_for_what_others_may_not_ta
         assert store.attempts.claim("box:1") == Left(nodes=frozenset({"box:0"}))
     assert taken_by(store, "box:1") == second
     assert taken_by(store, "box:0") == first
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("change", ["method=lora", "resources.node_labels={site: b}"])
+def test_a_job_that_is_edited_while_a_claim_decides_is_looked_at_again(postgres_engine: Engine, change: str) -> None:
+    """The rule has read a job that this card suits."""
+    store = Store(postgres_engine)
+    store.cards.see(node_state("box:0", total=10 * GIB))
+    job_id = store.jobs.submit(submission(lora=16, qlora=8))
+    with before_the_lock(postgres_engine, lambda: store.jobs.edit(amendment(store, job_id, [change]), "ada")):
+        assert store.attempts.claim("box:0") == Left(nodes=frozenset())
+    assert store.attempts.claim("box:0") is None
+    assert store.jobs.get(job_id).status is Status.QUEUED
+
+
+@contextmanager
+def before_the_lock(engine: Engine, deed: Callable[[], object]) -> Iterator[None]:
+    """Do it once, as the next statement that locks a job's row is sent."""
+    told: list[str] = []
+
+    def sent(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if "FROM jobs" in statement and "SKIP LOCKED" in statement and not told:
+            told.append(statement)
+            deed()
+
+    event.listen(engine, "before_cursor_execute", sent)
+    try:
+        yield
+    finally:
+        event.remove(engine, "before_cursor_execute", sent)
+    assert told
 
 
 def taken_by(store: Store, node: str) -> int | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import tracemalloc
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import Engine, event, select, update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import UsageError, WrongState
@@ -223,6 +225,32 @@ def test_jobs_of_one_submit_name_each_other_and_all_of_them_are_written_or_none(
     assert standing(store, second) == (first, False)
 
 
+@pytest.mark.both
+def test_an_edit_of_what_a_job_waits_for_outlives_the_end_that_would_have_let_it_go(postgres_engine: Engine) -> None:
+    """It commits after the statement has seen which jobs wait, and before that locks their rows."""
+    store = Store(postgres_engine)
+    first, other = queue(store), queue(store)
+    last = queue(store, first)
+    claim = start(store, first)
+    edit, threads = amendment(store, last, [f"after=[{other}]"]), list[threading.Thread]()
+
+    def delayed(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> tuple[str, Any]:
+        if "OF jobs SKIP LOCKED" not in statement or threads:
+            return statement, parameters
+        threads.append(threading.Thread(target=store.jobs.edit, args=(edit, "ada")))
+        threads[0].start()
+        return statement.replace("FROM jobs JOIN", "FROM (SELECT pg_sleep(0.5)) AS nap, jobs JOIN", 1), parameters
+
+    event.listen(postgres_engine, "before_cursor_execute", delayed, retval=True)
+    try:
+        store.attempts.finish(claim, Reason.OK, "", Progress(), RESULT)
+    finally:
+        event.remove(postgres_engine, "before_cursor_execute", delayed)
+        threads[0].join()
+    assert standing(store, last) == (other, False)
+    assert store.jobs.events(last)[-1].kind == "edited"
+
+
 def sweep(store: Store, count: int, varied: str = "lora.r", **keys: object) -> tuple[int, list[int]]:
     members = [submission(lora=1, qlora=1, name=f"r{number}", max_retries=0, **keys) for number in range(count)]
     new = NewSweep(name="tuned", varied={varied: "8,16"}, rungs=None, trials=None, seed=None)
@@ -277,6 +305,7 @@ def test_where_no_member_has_a_result_the_job_is_held_with_the_reason(store: Sto
     train(store, members[0], None)
     why = f"no member of sweep {sweep_id} has a held-out loss and a stored adapter; loractl cancel drops the job"
     assert standing(store, last) == (None, True) and store.jobs.get(last).message == f"held: {why}"
+    round_of_the_fleet(store)  # no person did it, so that it tells of no change
     with store.engine.connect() as connection:
         posted = connection.execute(select(OutboxMessage.kind, OutboxMessage.job_id, OutboxMessage.subject)).all()
     assert posted == [("job.held", last, f"last: held, {why}")]

@@ -17,14 +17,14 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import ENGINE, FACTOR_BOUNDS, GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
 from loractl.common.memory.need_key import need_key
 from loractl.common.memory.plan import predict
-from loractl.common.store.queries.need import LEAST_SHARE, OUTSIDER_SHARE
+from loractl.common.store.queries.need import LEAST_SHARE, OUTSIDER_LIMIT, OUTSIDER_SHARE
 from loractl.common.store.records import Claim, Left, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Attempt, AttemptShare, Job
 from loractl.common.units import GIB, gib
 
 from ....databases import SQLITE_ALONE
-from ...factories import RESULT, node_state, submission
+from ...factories import RESULT, Clock, node_state, submission
 
 
 def show(store: Store, node: str = "box:0", total: float = 24, **state: Any) -> None:
@@ -129,9 +129,52 @@ def test_memory_that_an_outsider_took_does_not_raise_the_need(store: Store) -> N
         assert runs_out(store, claim(store), peak=below) is Status.QUEUED
         row = store.jobs.get(job_id)
         assert (row.vram_lora, row.attempt) == (16 * GIB, attempt)
-        assert text_of_last(store, job_id)[1].endswith("; another program took memory of box:0")
+        said = "; it held 13.5 of its 16.0 GiB, so another program seems to have taken memory of box:0"
+        assert text_of_last(store, job_id)[1].endswith(said)
     runs_out(store, claim(store), peak=16 * OUTSIDER_SHARE + 0.1)
     assert store.jobs.get(job_id).vram_lora == 20 * GIB
+
+
+@SQLITE_ALONE
+def test_one_request_too_large_for_what_is_left_of_its_own_share_ends_too(store: Store) -> None:
+    store.jobs.submit(submission(lora=16, qlora=8))
+    show(store, total=18)
+    seen = []
+    while len(seen) < 12 and isinstance(taken := store.attempts.claim("box:0"), Claim):
+        seen.append((taken.method.value, round((taken.vram_reserved or 0) / GIB, 1)))
+        runs_out(store, taken, peak=0.5 * seen[-1][1])
+    assert seen == [("lora", 16.0)] * OUTSIDER_LIMIT + [
+        ("qlora", 8.0),
+        ("qlora", 10.0),
+        ("qlora", 12.5),
+        ("qlora", 15.6),
+    ]
+    assert store.jobs.get(1).status is Status.FAILED
+
+
+@SQLITE_ALONE
+def test_a_trainer_that_planned_more_than_it_was_given_lacked_nothing_that_others_took(store: Store) -> None:
+    job_id = store.jobs.submit(submission(lora=16, method="lora"))
+    show(store, total=18)
+    assert runs_out(store, claim(store), peak=0.5, need=Need(lora=30 * GIB, qlora=None)) is Status.FAILED
+    assert store.jobs.get(job_id).message == "out of memory; lora had 16.0 GiB, and no card of the fleet has more"
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("reason", [Reason.DRAINED, Reason.WORKER_LOST, Reason.TRAINER_ERROR])
+def test_a_job_that_planned_less_as_it_ran_waits_where_that_fits(timed: Store, clock: Clock, reason: Reason) -> None:
+    job_id = timed.jobs.submit(submission(lora=20, qlora=None, method="lora", max_retries=1))
+    show(timed, "big:0")
+    mine = claim(timed, "big:0")
+    timed.attempts.beat(mine, Progress(need=Need(lora=10 * GIB, qlora=None)))
+    timed.attempts.finish(mine, reason, "it stopped", Progress())
+    row = timed.jobs.get(job_id)
+    assert (row.vram_needed, row.vram_class) == (10 * GIB, 12)
+    assert timed.jobs.has_unfinished(14 * GIB, {})
+    clock.forward(120)
+    show(timed, "small:0", 14)
+    timed.cards.drain("big", "ada", "it is sold")
+    assert claim(timed, "small:0").job_id == job_id
 
 
 @SQLITE_ALONE

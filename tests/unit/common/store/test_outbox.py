@@ -325,9 +325,12 @@ def test_a_job_s_owner_is_told_who_else_has_changed_it(store: Store) -> None:
     store.jobs.hold(job_id, "ada")
     store.jobs.release(job_id, "bob")
     store.jobs.hold(job_id, "adam", "its data are wrong")
+    store.jobs.cancel(job_id, "mara")
     turn(store)
-    assert all_due(store, OPS) == [
-        ("ops", "mine: held by adam: its data are wrong"), ("ops", "mine: queued again by bob")
-    ]  # fmt: skip
+    first = due(store, OPS)
+    assert first is not None and first.text.startswith(f"Job {job_id} of ada. It was cancelled. ")
+    store.outbox.settle(first, SENT)
+    said = {"held by adam: its data are wrong", "queued again by bob", "cancelled by mara"}
+    assert {first.subject, *(subject for _, subject in all_due(store, OPS))} == {f"mine: {one}" for one in said}
     turn(store)
     assert all_due(store, OPS) == []
