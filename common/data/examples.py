@@ -137,6 +137,7 @@ class Examples(Sequence[Example]):
     def __init__(self, examples: Iterable[Example] = ()) -> None:
         self.digests = array("Q")
         self.likenesses = array("Q")
+        self.highest_number = 0  # of all examples; a part keeps that of the whole
         self._newest: list[Example] = []  # not yet in a block
         self._blocks = _Blocks()
         self._places: array[int] | None = None  # of a part's examples in the blocks; None: all of them
@@ -148,6 +149,7 @@ class Examples(Sequence[Example]):
     def add(self, example: Example) -> None:
         self.digests.append(example.digest())
         self.likenesses.append(example.likeness())
+        self.highest_number = max(self.highest_number, example.number)
         self._newest.append(example)
         self._characters += sum(map(len, (example.text, example.tools, example.rejected)))
         self._characters += sum(len(turn.said) for turn in example.turns)
@@ -161,6 +163,7 @@ class Examples(Sequence[Example]):
         part, wanted = Examples(), array("Q", places)
         part.digests = array("Q", (self.digests[place] for place in wanted))
         part.likenesses = array("Q", (self.likenesses[place] for place in wanted))
+        part.highest_number = self.highest_number
         part._newest, part._blocks, part._spilled = self._newest, self._blocks, self._spilled
         part._places = wanted if self._places is None else array("Q", (self._places[place] for place in wanted))
         return part

@@ -64,6 +64,7 @@ def gather(dataset: DatasetSpec, rows: Sequence[Iterable[RawRow]], reading: Read
     portions = _portions(dataset.sources, parsed)
     examples = parsed[0]
     for portion, others in zip(portions[1:], parsed[1:], strict=True):
+        assert portion.before >= examples.highest_number, "two rows would share a number, and so tokens and labels"
         for place in _drawn(others, portion.taken):
             example = others[place]
             examples.add(replace(example, number=portion.before + example.number))
@@ -86,7 +87,8 @@ def _portions(sources: Sequence[SourceSpec], parsed: Sequence[Examples]) -> tupl
     A data set with too few rows is taken whole, too, and the others keep their shares.
     """
     shares = {place: source.share for place, source in enumerate(sources) if source.share is not None}
-    step = 10 ** len(str(max(examples[-1].number for examples in parsed)))
+    # not the last row's number: a split of a file may name its first rows last
+    step = 10 ** len(str(max(examples.highest_number for examples in parsed)))
     wanted = [len(examples) for examples in parsed]
     short: set[int] = set()
     while True:

@@ -84,6 +84,7 @@ class Claim:
     data: dict[str, Any]
     method: Method
     vram_planned: int | None
+    submitted_at: dt.datetime  # of the job
     vram_reserved: int | None = None  # bytes of the card that are the attempt's; None: no limit
     seconds_predicted: float | None = None  # of this attempt; None: nothing is known
     method_why: str = ""  # why this one of several; empty where the job permits only one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,6 +86,7 @@ def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Se
         *_base(spec, report, settings.cache_dir),
         *_hub_data(spec, job),
         *_changes(report),
+        *_date(report, now),
         *_company(report),
     )
     adjustment = Adjustment(**report["training"].get("adjustment", {}))
@@ -185,6 +187,13 @@ def _changes(report: dict[str, Any]) -> Iterator[Caveat]:
     if training.get("changes") and training["resumed_from_step"]:
         now = f"{training['per_device_train_batch_size']} rows at once from the first step"
         yield Caveat(what="batch", then=clean_line(training["changes"][-1]), now=now)
+
+
+def _date(report: dict[str, Any], now: dt.datetime) -> Iterator[Caveat]:
+    """The date that the chat template writes: it is that of the submit."""
+    then, today = report["data"].get("prompt_date"), now.date().isoformat()
+    if then is not None and then != today:
+        yield Caveat(what="date in the prompts", then=clean_line(then), now=today)
 
 
 def _company(report: dict[str, Any]) -> Iterator[Caveat]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import gc
 import itertools
 from collections.abc import Callable, Iterator
@@ -133,6 +134,7 @@ def start(tiny_model: Path, tmp_path: Path, cache: Path) -> Callable[..., Start]
         memory_limit: int | None = None,
         lm_eval_tasks: Path | None = None,
         cache_dir: Path | None = None,
+        day: dt.date | None = None,
         **training: object,
     ) -> Start:
         spec = JobSpec.model_validate(
@@ -168,6 +170,7 @@ def start(tiny_model: Path, tmp_path: Path, cache: Path) -> Callable[..., Start]
             method=Method(method),
             vram_planned=None,
             memory_limit=memory_limit,
+            day=day,
             data_path=spec.dataset.path,
             data_sha256=None,
             more_paths=[source.path for source in spec.dataset.more],

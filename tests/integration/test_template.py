@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,9 @@ from loractl.common.job.sections import BadRow, DataFormat, PromptTemplate
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.prompt import prompt_for, templated
 from loractl.worker.data.tokens import IGNORED, encode
+from loractl.worker.protocol.messages import Note
+
+from .conftest import Recipe
 
 ALPACA = PromptTemplate.ALPACA
 TASK = "Below is an instruction that describes a task"
@@ -75,3 +81,45 @@ def test_a_conversation_goes_on_and_a_system_message_takes_the_place_of_the_task
     assert tokenizer.decode([label for label in labels if label != IGNORED]) == f"b{eos}d{eos}"
     with pytest.raises(UsageError, match="no place for the role tool"):
         prompt_for(DataFormat.MESSAGES, [{"role": "tool", "content": "x"}], tokenizer)
+
+
+DATED = (
+    "{% if strftime_now is defined %}Today is {{ strftime_now('%d %b %Y') }}.{% endif %}{% for message in messages %}"
+    "{{ message.role }}: {{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+DAY = dt.date(2026, 1, 14)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_template_that_asks_for_the_date_is_told_that_of_the_job(tiny_model: Path, named: bool) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.chat_template = {"default": DATED, "tool_use": ""} if named else DATED
+    example = Example(number=1, turns=(Turn(role="user", content="a"), Turn(role="assistant", content="b")))
+    told, lives = (
+        tokenizer.decode(encode(example, one, DataFormat.MESSAGES)[0].input_ids)
+        for one in (templated(tokenizer, PromptTemplate.CHAT, DAY), tokenizer)
+    )
+    assert told.startswith("Today is 14 Jan 2026.user: a") and lives.startswith("Today is ") and lives != told
+    undated = load_tokenizer(str(tiny_model))
+    assert templated(undated, PromptTemplate.CHAT, DAY) is undated
+
+
+def test_a_job_whose_prompts_have_the_date_goes_on_from_its_checkpoint_on_another_day(
+    recipe: Recipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "dated"
+    shutil.copytree(tiny_model, base)
+    (base / "chat_template.jinja").write_text(DATED)
+    few = {"samples": 0, "metrics": ["loss"]}
+    recipe("first", max_steps=4, stop_after=2, job={"base_model": str(base)}, evaluation=few, day=DAY)
+    other_box = tmp_path / "other box"
+    _, told = recipe(
+        "rest", resume="first", max_steps=4, job={"base_model": str(base)}, evaluation=few, day=DAY, cache_dir=other_box
+    )
+    notes = {note.kind: note.text for note in told if isinstance(note, Note)}
+    assert notes["resumed"].startswith("resumed from the checkpoint of step "), notes
+    assert "its prompts say that it is 2026-01-14" in notes["data"]
+    result = tmp_path / "rest" / "result"
+    assert json.loads((result / "report.json").read_text())["data"]["prompt_date"] == "2026-01-14"
+    assert (result / "adapter" / "chat_template.jinja").read_text() == DATED, "it is asked on the day that it is then"

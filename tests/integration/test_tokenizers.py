@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from loractl.common.data.examples import Example, Turn
 from loractl.common.errors import UsageError
+from loractl.common.job.sections import DataFormat
 from loractl.scheduler.plan.answer import JobToPlan, memory_need
 from loractl.scheduler.submit.need import check_adapter
 from loractl.scheduler.submit.preflight import check_base
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_tokenizer
+from loractl.worker.data.tokens import IGNORED, encode
 
 from ..unit.factories import spec
 
@@ -52,3 +57,48 @@ def test_what_submit_takes_for_a_tokenizer_the_worker_does_too(tmp_path: Path, n
     with pytest.raises(TrainingFailed) as refused:
         load_tokenizer(base)  # an empty one
     assert "has no tokenizer" not in refused.value.sentence
+
+
+TRIMMED = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BEGUN = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+}
+ENDS = {"sep": ["<|endoftext|>", 0], "cls": ["<|im_start|>", 1], "add_prefix_space": False}
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        TRIMMED,
+        {"type": "Sequence", "processors": [TRIMMED, BEGUN]},
+        {"type": "RobertaProcessing", "trim_offsets": True, **ENDS},
+    ],
+    ids=lambda processor: processor["type"],
+)
+def test_indentation_is_learned_though_a_tokenizer_trims_its_offsets(
+    tiny_model: Path, tmp_path: Path, processor: dict[str, Any]
+) -> None:
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    file = base / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "post_processor": processor}), "utf-8")
+    tokenizer = load_tokenizer(str(base))
+    code = "def f(x):\n    if x:\n        return  1\n    \n"
+    turns = (Turn(role="user", content="next line"), Turn(role="assistant", content=code))
+    for example, format in (
+        (Example(number=1, turns=turns), DataFormat.MESSAGES),
+        (Example(number=1, prompt="next line:\n", text=f"next line:\n{code}"), DataFormat.PROMPT_COMPLETION),
+        (Example(number=1, text=f"_{code}"), DataFormat.TEXT),  # nothing precedes a first token: it is not learned
+    ):
+        (row,) = encode(example, tokenizer, format)
+        learned = tokenizer.decode([label for label in row.labels if label != IGNORED])
+        assert learned.removeprefix("_") == f"{code}<|im_end|>", format
+    as_published = Tokenizer.from_file(str(file)).encode(code).ids
+    assert tokenizer(code).input_ids == as_published
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    assert AutoTokenizer.from_pretrained(tmp_path / "adapter")(code).input_ids == as_published

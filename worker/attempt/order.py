@@ -138,6 +138,7 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
         memory_limit=claim.vram_reserved if place.device.trains_on == "cuda" else place.settings.trainer_ram,
         adjustment=attempt.heard.adjustment,
         changes=[*claim.changes, *attempt.heard.changes],
+        day=claim.submitted_at.date(),  # an attempt on another day, or box, has the same rows
         data_path=named["path"],
         data_sha256=hashes.get("path"),
         more_paths=[named[key] for key in more],

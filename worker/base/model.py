@@ -5,6 +5,7 @@ number formats they are the model that learns.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -172,6 +173,7 @@ def load_tokenizer(base_model: str, revision: str | None = None, *, run_code: bo
         options = loading_options(base_model, revision, run_code=run_code) | gguf_file_of(base_model)
         _check_tokenizer(base_model)
         tokenizer = AutoTokenizer.from_pretrained(base_model, **options)
+    _keep_spaces_in_offsets(tokenizer)
     if isinstance(tokenizer.chat_template, dict) and (wrong := unfit_template(tokenizer.chat_template)):
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} {wrong}: rename it")
     if tokenizer.eos_token is None:
@@ -193,6 +195,25 @@ def _check_tokenizer(base_model: str) -> None:
     if not has_tokenizer(folder):
         what = f"base_model {base_model} has no tokenizer: no tokenizer.json, tokenizer.model or vocab.json"
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, what)
+
+
+def _keep_spaces_in_offsets(tokenizer: Any) -> None:
+    """Let offsets, by which labels are made, cover a token's spaces; its ids stay the same.
+
+    Where a tokenizer's file trims them, a token of spaces alone covers nothing: no indentation would be learned.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # one that is pure Python has none
+    processor = None if backend is None else backend.post_processor
+    if backend is None or processor is None:
+        return
+
+    def untrimmed(part: dict[str, Any]) -> dict[str, Any]:
+        return part | {"trim_offsets": False} if part.get("trim_offsets") is True else part
+
+    # as JSON: it may be a sequence, whose members differ in their attributes
+    state = json.loads(processor.__getstate__(), object_hook=untrimmed)
+    processor.__setstate__(json.dumps(state).encode())
+    backend.post_processor = processor
 
 
 def load_base(

@@ -39,10 +39,10 @@ def data_check(job_file: Path, overrides: tuple[str, ...], gpu: str | None, as_j
 
     from loractl.worker.base.model import load_tokenizer
     from loractl.worker.data.check import advice_for, check_data
-    from loractl.worker.data.prompt import templated
+    from loractl.worker.data.prompt import templated, today
     from loractl.worker.data.text import check_text
 
-    tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template)
+    tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template, today())
     with progress_bar() as report:
         checked = check_data(spec, tokenizer, report)
     checked = replace(checked, advice=advice_for(spec, checked, room))
@@ -67,10 +67,10 @@ def data_show(job_file: Path, overrides: tuple[str, ...], row: int | None, as_js
     spec = load_spec(job_file, overrides)
 
     from loractl.worker.base.model import load_tokenizer
-    from loractl.worker.data.prompt import templated
+    from loractl.worker.data.prompt import templated, today
     from loractl.worker.data.text import row_text, trained_row
 
-    tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template)
+    tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template, today())
     shown = trained_row(spec, tokenizer, row)
     if as_json:
         click.echo(json.dumps(shown.as_json()))

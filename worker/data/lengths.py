@@ -31,7 +31,7 @@ from loractl.worker.base.model import load_tokenizer
 from .check import check_data
 from .origin import dataset_hash
 from .prepared import PreparedData, packed, prepare_data
-from .prompt import templated
+from .prompt import templated, today
 
 
 def lengths_of(data: PreparedData) -> Lengths:
@@ -56,7 +56,7 @@ def main() -> None:
             threading.Thread(target=_end_with, args=(int(argument.partition("=")[2]),), daemon=True).start()
     spec = JobSpec.model_validate_json(sys.stdin.read())
     try:
-        tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template)
+        tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template, today())
         told: dict[str, Any] = {}
         if "--check" in sys.argv[1:]:
             told["findings"] = [vars(finding) for finding in check_data(spec, tokenizer).findings]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import datetime as dt
 import functools
 import hashlib
 import itertools
@@ -75,6 +76,7 @@ class PreparedData:
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
     label_names: tuple[str, ...] = ()  # what a classifier learns to tell apart; empty for any other job
     commits: dict[str, str] = field(default_factory=dict)  # of the data sets on the hub, by what they are for
+    prompt_date: dt.date | None = None  # what the chat template writes as today's; None: it writes none
 
     @property
     def trained_rows(self) -> TokenRows:
@@ -97,7 +99,8 @@ class PreparedData:
         trained on or repeated; of final rows `final_rows`, `final_sha256`, `final_overlap_rows_dropped`,
         `final_repeated_rows_dropped`; `conversations_apart`, which make `rows_of_conversations_apart`; `unused_fields`;
         `sources`: with dataset.more, how many rows come from where; `warnings`: rows that look wrong but are trained
-        on; `labels`: of a classifier, rows to `train` and `held_out` by label.
+        on; `labels`: of a classifier, rows to `train` and `held_out` by label; `prompt_date`: what the chat template
+        writes as today's date, if it does.
         """
         return dict(self._facts)
 
@@ -151,6 +154,7 @@ class PreparedData:
             "sources": list(self.sources),
             "warnings": list(self.warnings),
             "labels": self.label_counts() or None,
+            "prompt_date": self.prompt_date and self.prompt_date.isoformat(),
         }
 
     def label_counts(self) -> dict[str, dict[str, int]]:

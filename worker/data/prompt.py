@@ -5,6 +5,9 @@ plain text. A job's own template replaces the model's.
 from __future__ import annotations
 
 import copy
+import datetime as dt
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,15 +36,37 @@ ALPACA = (
 """The prompts of Stanford Alpaca, as Axolotl's `type: alpaca` writes them; an answer ends with the end of sequence."""
 
 
-def templated(tokenizer: Any, template: PromptTemplate) -> Any:
-    """The tokenizer itself, or a copy if the template is not the model's own."""
+def templated(tokenizer: Any, template: PromptTemplate, day: dt.date | None = None) -> Any:
+    """The tokenizer itself, or a copy if the template is not the model's own, or asks for the date: `day` is what it is
+    told then. None: that of each moment, as a model is asked when it is served."""
     if template is PromptTemplate.CHAT:
-        return tokenizer
+        return tokenizer if day is None else _dated(tokenizer, day)
     changed = copy.copy(tokenizer)
     # rendered conversations are tokenised without special tokens: the template adds the BOS if one is usual
     usual_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     changed.chat_template = ("{{ bos_token }}" if usual_bos else "") + ALPACA
     return changed
+
+
+_ASKS_THE_DATE = re.compile(r"""strftime_now\(\s*(["'])([^"'\\]*)\1\s*\)""")
+
+
+def _dated(tokenizer: Any, day: dt.date) -> Any:
+    def told(template: str) -> str:
+        return _ASKS_THE_DATE.sub(lambda call: json.dumps(day.strftime(call[2])), template)
+
+    own = tokenizer.chat_template
+    fixed = {name: told(one) for name, one in own.items()} if isinstance(own, dict) else told(own)
+    if fixed == own:
+        return tokenizer
+    changed = copy.copy(tokenizer)
+    changed.chat_template = fixed
+    return changed
+
+
+def today() -> dt.date:
+    """In UTC, as a job's day is."""
+    return dt.datetime.now(dt.UTC).date()
 
 
 PLAIN = frozenset({DataFormat.TEXT, DataFormat.PROMPT_COMPLETION, DataFormat.PREFERENCE_TEXT})

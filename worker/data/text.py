@@ -69,10 +69,10 @@ def trained_row(spec: JobSpec, tokenizer: Any, number: int | None) -> TrainedRow
     if found is not None and spec.preference.learns_prompts:
         found = list(map(with_prompt, found))
     if found is None:
+        sources, numbers = ", ".join([dataset.path, *more]), rows.numbers
         raise UsageError(
             f"row {number} is not trained on",
-            f"rows of {', '.join([dataset.path, *more])} that are: {rows[0].number} to {rows[-1].number}, less those "
-            "held out or left out",
+            f"rows of {sources} that are: {min(numbers)} to {max(numbers)}, less those held out or left out",
         )
     return TrainedRow(rows=found, data=data)
 

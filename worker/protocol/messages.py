@@ -102,6 +102,7 @@ class Start(_Message):
     memory_limit: int | None = None  # allocations beyond this many bytes fail; None: no limit
     adjustment: Adjustment = Adjustment()  # what out-of-memory has changed in the job so far
     changes: list[str] = Field(default_factory=list)  # the same in words
+    day: dt.date | None = None  # what a chat template that writes today's date is told; None: the day that it is
     data_path: str  # a local file, or a hub id
     data_sha256: str | None
     more_paths: list[str] = Field(default_factory=list)  # of dataset.more

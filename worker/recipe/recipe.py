@@ -59,10 +59,13 @@ def train(run: Run) -> Ended:
     run.stage(Stage.PREPARING)
     set_seed(run.spec.training.seed)
     dates = dates_of(run.spec.base_model)
-    tokenizer = load_tokenizer(run.spec.base_model, run.spec.revision, run_code=order.run_code)
-    tokenizer = templated(tokenizer, run.spec.dataset.template)
+    loaded = load_tokenizer(run.spec.base_model, run.spec.revision, run_code=order.run_code)
+    tokenizer = templated(loaded, run.spec.dataset.template, order.day)
     run.say("reads the rows, and turns them into tokens")
     data = prepare_rows(order, run.spec, tokenizer)
+    published = templated(loaded, run.spec.dataset.template)
+    if tokenizer.chat_template != published.chat_template:
+        data = replace(data, prompt_date=order.day)
     _note_data(run, data)
     benchmarks = find_tasks(run.spec, order.lm_eval_tasks)  # they are other people's programs, and may draw
     tell_need(run, data)
@@ -81,7 +84,7 @@ def train(run: Run) -> Ended:
     if _marks(learner.model) == fresh:
         what = "the training has changed no weight: each of its steps had learning rate 0, or no gradient"
         raise TrainingFailed(Reason.NOT_TRAINED, what)
-    _keep(run, learner, tokenizer, callbacks)
+    _keep(run, learner, published, callbacks)
     (out / "job.json").write_text(json.dumps(_resolved(run, arguments), indent=1), "utf-8")
 
     # 5. Base against tuned on rows that were never trained on.
@@ -109,6 +112,7 @@ def _note_data(run: Run, data: PreparedData) -> None:
     text += f"{facts['final_rows']} final, by which nothing is chosen; " if data.final is not None else ""
     text += f"format {data.format.value} ({data.why})"
     text += "".join(f"; {told}" for told in facts["sources"])
+    text += f"; its prompts say that it is {facts['prompt_date']}" if facts["prompt_date"] else ""
     if apart := facts["conversations_apart"]:
         text += f"; {apart} conversation{'s' * (apart != 1)} as {facts['rows_of_conversations_apart']} rows, {APART}"
     for key, words in (

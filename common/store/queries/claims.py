@@ -291,6 +291,7 @@ def _start(tx: Transaction, job: Job, spec: JobSpec, attempt: Attempt, placed: P
         user=job.user,
         spec=spec,
         data=job.data,
+        submitted_at=job.submitted_at,
         method=method,
         vram_planned=attempt.vram_planned,
         vram_reserved=attempt.vram_reserved,

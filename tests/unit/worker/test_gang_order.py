@@ -71,6 +71,7 @@ def test_an_order_names_a_process_for_each_card(place: Workplace, state: Supervi
         Rank(rank=1, node="box:0", gpu="SIM-0", device="cpu", environment={**hidden, RANK_VARIABLE: card}),
     ]
     assert (start.parallel, start.rank, start.gpu) == (Parallel.SHARDED, 0, "SIM-1")
+    assert start.day == place.store.jobs.get(start.job_id).submitted_at.date()
     alone = replace(state, claim=replace(state.claim, shares=SHARES[:1]))
     assert prepare(place, alone).ranks == []
 

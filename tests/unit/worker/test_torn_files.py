@@ -39,7 +39,7 @@ from .. import factories
 def claim(attempt: int = 1, checkpoint: StoredCheckpoint | None = None) -> Claim:
     return Claim(
         job_id=1, attempt=attempt, token=f"token-{attempt}", user="ada", spec=factories.spec(), data={},
-        method=Method.LORA, vram_planned=None, checkpoint=checkpoint,
+        submitted_at=factories.NOON, method=Method.LORA, vram_planned=None, checkpoint=checkpoint,
     )  # fmt: skip
 
 

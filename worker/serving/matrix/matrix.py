@@ -23,7 +23,7 @@ from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import positions_of
 from loractl.worker.data.prepared import MeasuredRows, PreparedData, prepare_data, rows_taught
-from loractl.worker.data.prompt import templated
+from loractl.worker.data.prompt import templated, today
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.token_set import TokenSet, fit_examples
 from loractl.worker.evaluation.answers import rouge
@@ -299,7 +299,7 @@ def task_of(
 ) -> tuple[Task, set[int]]:
     """The rows that an adapter's job held out, and the likenesses of those that it, or one before it, trained on."""
     dataset, paths = adapter.spec.dataset, _paths(adapter, library)
-    cache, tokenizer = library.settings.cache_dir, templated(pool.tokenizer, dataset.template)
+    cache, tokenizer = library.settings.cache_dir, templated(pool.tokenizer, dataset.template, today())
     more = [paths[f"more.{number}"] for number in range(len(dataset.more))]
     data = prepare_data(dataset, paths["path"], paths.get("eval_path"), None, tokenizer, cache, more)
     spec = adapter.spec.model_copy(update={"evaluation": asked})

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loractl.common.data.examples import Example
 from loractl.common.data.rows import RawRow, open_rows
 from loractl.common.data.split import Split, origin, own_rows, split_data
 from loractl.common.errors import DataError
@@ -30,6 +31,16 @@ def split(rows: dict[str, int], shares: dict[str, float] | None = None, **keys: 
 
 def taken(of: Split) -> dict[str, int]:
     return {portion.file: portion.taken for portion in of.portions}
+
+
+def apart(of: Split) -> list[Example]:
+    """The rows by their numbers, which are apart and lead back to data set and row."""
+    examples = sorted((*of.train, *of.held_out), key=lambda example: example.number)
+    assert len({e.number for e in examples}) == len(examples) == sum(taken(of).values())
+    for example in examples:
+        portion = origin(of.portions, example)
+        assert example.text == f"{portion.file} {example.number - portion.before}"
+    return examples
 
 
 def test_a_share_is_that_of_all_rows_and_the_rest_is_taken_whole() -> None:
@@ -82,17 +93,25 @@ def test_a_row_in_two_data_sets_is_on_one_side_only() -> None:
 def test_numbers_are_apart_and_lead_back_to_the_row(counts: list[int], shares: list[float], drawn: set[int]) -> None:
     names = "abcd"[: len(counts)]
     found = split(dict(zip(names, counts, strict=True)), {names[n]: shares[n - 1] for n in drawn if n < len(names)})
-    examples = [*found.train, *found.held_out]
-    assert len({e.number for e in examples}) == len(examples) == sum(taken(found).values())
-    for example in examples:
-        portion = origin(found.portions, example)
-        assert example.text == f"{portion.file} {example.number - portion.before}"
+    examples = apart(found)
     with pytest.raises(DataError) as caught, own_rows(found.portions):
         raise DataError("a", "is bad", row=examples[-1].number)
     assert f"{caught.value.file} {caught.value.row}" == examples[-1].text
     with pytest.raises(DataError) as caught, own_rows(()):  # of a file of held-out rows
         raise DataError("held", "is bad", row=3)
     assert (caught.value.file, caught.value.row) == ("held", 3)
+
+
+@pytest.mark.parametrize("parts", ["train", "train[:1]+train[1:]", "train[1:]+train[:1]"])
+def test_numbers_are_apart_whatever_part_of_a_file_is_read_last(tmp_path: Path, parts: str) -> None:
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in paths:
+        path.write_text("\n".join(json.dumps({"text": f"{path.stem} {n}"}) for n in range(1, 13)), "utf-8")
+    dataset = DatasetSpec.model_validate({"path": "a", "split": parts, "more": [{"path": "b", "split": parts}]})
+    rows, more = (open_rows(path, parts) for path in paths)
+    found = split_data(dataset, rows, None, [more])
+    assert [e.text for e in apart(found)] == [f"{name} {n}" for name in "ab" for n in range(1, 13)]
+    assert found.portions[1].before == 100, "caches and reports know a row by its number: no order of parts changes it"
 
 
 def test_the_same_rows_are_drawn_in_any_order_of_the_file() -> None:

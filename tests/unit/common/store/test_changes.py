@@ -72,7 +72,7 @@ def finish(reason: Reason) -> Callable[[Store, int], object]:
             return None
         claim = Claim(
             job_id=job_id, attempt=job.attempt, token=job.token, user=job.user, spec=submission().spec, data={},
-            method=submission().methods[0], vram_planned=None, vram_reserved=None,
+            submitted_at=job.submitted_at, method=submission().methods[0], vram_planned=None, vram_reserved=None,
         )  # fmt: skip
         return store.attempts.finish(claim, reason, "told", Progress(), RESULT if reason is Reason.OK else None)
 

@@ -134,6 +134,12 @@ def test_a_change_in_mid_training_is_told_and_one_before_it_is_not(store: Store,
     assert told(resumed)["batch"] == (text, "4 rows at once from the first step")
 
 
+def test_another_date_in_the_prompts_is_named(store: Store, tmp_path: Path) -> None:
+    dated = {day: {"data": {"prompt_date": day}} for day in ("2026-01-14", store.now().date().isoformat())}
+    found = [told(again(store, tmp_path, report(**one))).get("date in the prompts") for one in dated.values()]
+    assert found == [("2026-01-14", list(dated)[1]), None]
+
+
 def test_jobs_in_the_same_trainer_are_named(store: Store, tmp_path: Path) -> None:
     assert "other jobs in its trainer" not in told(again(store, tmp_path, report()))
     beside = again(store, tmp_path, report(training={"companions": [3, 4]}))
