@@ -23,6 +23,7 @@ from loractl.worker.data.check import check_data
 from loractl.worker.data.prepared import PreparedData, packed, prepare_data
 from loractl.worker.data.text import row_text, trained_row
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode, prompt_of
+from loractl.worker.evaluation.answers import exact
 from loractl.worker.evaluation.evaluation import Work
 from loractl.worker.evaluation.row_losses import RowScores, by_example
 
@@ -268,6 +269,21 @@ def test_the_answer_that_is_expected_is_the_call_as_it_is_learned(tiny_model: Pa
     assert found is not None
     assert found[2] == '<tool_call>\n{"name": "find", "arguments": {"host": "heron"}}\n</tool_call>'
     assert tokenizer.decode(found[0]).endswith("is heron full?<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("answer", ["b", "<think>\nhm\n</think>\n\nb", "<think>so</think>d"])
+@pytest.mark.parametrize("template", [FORGETS, OPENS, CHAT_TEMPLATE])
+def test_what_is_expected_is_what_is_learned_whether_a_template_writes_thoughts_or_not(
+    tiny_model: Path, template: str, answer: str
+) -> None:
+    """Qwen3's and R1's write an empty thought before an answer that has none: a perfect adapter would score 0."""
+    tokenizer = tokenizer_with(tiny_model, template)
+    raw = [RawRow(number=1, value={"messages": talk("a?", answer)})]
+    (example,), _ = parse_examples(raw, DataFormat.MESSAGES, "d")
+    found, (row,) = prompt_of(example, tokenizer), encode(example, tokenizer, DataFormat.MESSAGES)
+    assert found is not None
+    learned = tokenizer.decode(row.input_ids[len(found[0]) :]).split(tokenizer.eos_token)[0]
+    assert row.input_ids[: len(found[0])] == found[0] and exact(learned, found[2])
 
 
 @pytest.mark.parametrize(("template", "knows"), [(CALLS, True), (CHAT_TEMPLATE, False)])

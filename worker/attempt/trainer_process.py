@@ -117,6 +117,8 @@ def send(pipe: IO[str], message: Order) -> None:
     try:
         pipe.write(line)
         pipe.flush()
+    except UnicodeError:  # also a ValueError, but this trainer lives, and would wait for the order
+        raise
     except (BrokenPipeError, ValueError):  # ValueError: another thread is ending it and has closed the pipe
         log.warning("the trainer had ended before it could be told %s", message.type)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -197,7 +198,11 @@ def _encode_text(example: Example, tokenizer: Any, *, learn_all: bool) -> tuple[
 
 
 def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str, str] | None:
-    """(prompt ids, prompt for people, expected answer) of the example's last answer; None for plain text."""
+    """(prompt ids, prompt for people, expected answer) of the example's last answer; None for plain text.
+
+    Where the template writes an empty thought before an answer without one, as Qwen3's does, the prompt ends with it,
+    as under `enable_thinking: false`: base and adapter answer at once, and what they say is what is expected.
+    """
     if example.turns:
         last = example.answers[-1]
         rendered = _render(example, last, tokenizer, generation_prompt=True)
@@ -208,8 +213,11 @@ def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str, str] | 
         )
         turn = example.turns[last]
         expected = turn.content  # what a model writes that has learned the answer, up to its end
-        if turn.thought or turn.calls:
+        if turn.thought or turn.calls or thought_and_answer(turn.content)[0]:
             expected = _answer(example, last, tokenizer)[1].removesuffix(tokenizer.eos_token).strip()
+        elif THOUGHT[1] in str(tokenizer.chat_template):
+            empty = _NO_THOUGHT.match(_answer(example, last, tokenizer)[1])
+            rendered += empty[0] if empty else ""
         return tokenizer(rendered, add_special_tokens=False).input_ids, shown, expected
     if example.prompt:
         return (
@@ -218,6 +226,9 @@ def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str, str] | 
             example.text[len(example.prompt) :],
         )
     return None
+
+
+_NO_THOUGHT = re.compile(rf"\s*({THOUGHT[0]})?\s*{THOUGHT[1]}\s*")
 
 
 def rendered(example: Example, tokenizer: Any) -> str:

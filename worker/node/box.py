@@ -14,8 +14,6 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-import click
-
 from loractl.common.errors import ExitCode, LoractlError, SchemaMismatch
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import TimeLeft
@@ -28,6 +26,7 @@ from loractl.common.store.tables import Node
 from loractl.worker.device.devices import Device, find_device
 
 from .lock import read_identity, served_by, unserved
+from .terminal import LogHandler, Terminal
 
 log = logging.getLogger("loractl.worker")
 
@@ -81,6 +80,7 @@ class Box:
             timed |= {"until": store.now().timestamp() + left_s, "window_s": left_s}
         self._window_s = timed.get("window_s") or 0.0
         self._options = json.dumps({**options, **timed, "devices": len(devices)})
+        self._terminal = Terminal()
         self._labels: dict[str, str] = options.get("labels") or {}
         self._store = store
         self._devices = devices
@@ -102,10 +102,14 @@ class Box:
     def run(self, drain_when_idle: bool) -> int:
         """Serve until Ctrl-C or SIGTERM, or until no job is left; returns the exit code."""
         self._embedded_queue = embedded_runs(self._settings)
+        handler = LogHandler(self._terminal)
+        logging.getLogger().addHandler(handler)
         try:
             return self._serve(drain_when_idle)
         finally:
             stop_unused(self._settings)
+            logging.getLogger().removeHandler(handler)
+            self._terminal.flush()
 
     def _serve(self, drain_when_idle: bool) -> int:
         def interrupted(*_: Any) -> None:
@@ -129,7 +133,7 @@ class Box:
         except KeyboardInterrupt:
             try:  # a second one may come as soon as a person reads the line
                 broken = self._serves_nothing()
-                click.echo("Stopping after a checkpoint; Ctrl-C again stops at once.", err=True)
+                self._terminal.say("Stopping after a checkpoint; Ctrl-C again stops at once.")
                 self._drain()
             except KeyboardInterrupt:
                 ended = self._stop_now()
@@ -150,6 +154,7 @@ class Box:
     def _start(self, number: str) -> None:
         # A session of its own: the terminal's Ctrl-C reaches only this process, which then decides.
         self._started[number] = time.monotonic()
+        self._asked.discard(number)  # only the node before it was asked
         self._nodes[number] = subprocess.Popen(
             [sys.executable, "-m", "loractl.worker.node", "--index", number, "--options", self._options],
             env=self._environment,
@@ -166,7 +171,7 @@ class Box:
             if self._asked_to_stop:
                 raise KeyboardInterrupt
             if self._over:
-                click.echo("Stopping after a checkpoint: the worker's time is over.", err=True)
+                self._terminal.say("Stopping after a checkpoint: the worker's time is over.")
                 return False
             time.sleep(1)
             if time.monotonic() - watched >= WATCH_S:
@@ -185,7 +190,7 @@ class Box:
                 except SchemaMismatch:
                     pass  # the nodes say so, and end
                 except REFUSALS as error:
-                    click.echo(f"The database does not answer: {told_by(error)}", err=True)
+                    self._terminal.say(f"The database does not answer: {told_by(error)}")
         return False
 
     @property
@@ -235,9 +240,7 @@ class Box:
             who = f"{_numbers(others)} {'waits' if one else 'wait'} for another box{closed}{longer}"
             told = [who] if others else []
             told += [f"{_numbers(held)} {'is' if len(held) == 1 else 'are'} held"] if held else []
-            click.echo(
-                f"No job that fits this box is left: {', '.join(told)}." if told else "No job is left.", err=True
-            )
+            self._terminal.say(f"No job that fits this box is left: {', '.join(told)}." if told else "No job is left.")
 
     def _serves_nothing(self) -> bool:
         """Whether every device's node was refused at its last start, for example because another box has its name."""
@@ -260,16 +263,16 @@ class Box:
             served = served_by(self._settings, device) == process.pid
             self._failures[number] = 0 if served else self._failures[number] + 1
             if process.returncode == os.EX_NOPERM:  # this login, or this version, may not serve
-                click.echo(f"Error: node {number} is refused; see above.", err=True)
+                self._terminal.say(f"Error: node {number} is refused; see above.")
                 self._failures[number] = NODE_TRIES + 1
             if self._failures[number] == NODE_TRIES:
-                click.echo(f"Error: node {number} ended {NODE_TRIES} times just after its start; see above.", err=True)
+                self._terminal.say(f"Error: node {number} ended {NODE_TRIES} times just after its start; see above.")
             if self._failures[number] >= NODE_TRIES:
                 self._given_up.add(number)
                 if len(self._given_up) == len(self._devices):
                     return True
                 continue
-            click.echo(f"Node {number} ended with status {process.returncode} and is started again.", err=True)
+            self._terminal.say(f"Node {number} ended with status {process.returncode} and is started again.")
             time.sleep(2)
             self._start(number)
         return False
@@ -312,14 +315,14 @@ class Box:
             if now - since < STUCK_S or now - self._started[device.number] < 2 * STUCK_S:
                 continue
             what = "says nothing" if silent else "leaves a job waiting that it should start"
-            click.echo(f"Node {device.number} {what} and is restarted.", err=True)
+            self._terminal.say(f"Node {device.number} {what} and is restarted.")
             self._stuck_since.pop(device.number, None)
             if device.number in self._asked:
                 process.kill()  # its trainers end with it; the restarted node gives their jobs back
             else:
                 self._tell(process, "alone")
                 process.terminate()  # it saves its running jobs and gives them back
-            self._asked ^= {device.number}
+                self._asked.add(device.number)
 
     def _given(self, rows: Iterable[Node]) -> set[str]:
         """The nodes to which the rule gives a waiting job. Asks the rule only if a job waits that may fit this box."""
@@ -341,7 +344,7 @@ class Box:
             for process in self._nodes.values():
                 process.wait(timeout=max(0.1, self._stop_until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            click.echo("The time for the stop is over: running jobs end at once.", err=True)
+            self._terminal.say("The time for the stop is over: running jobs end at once.")
             self._stop_now()
 
     def _stop_now(self) -> list[str]:

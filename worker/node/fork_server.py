@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import psutil
 
@@ -86,7 +86,7 @@ class ServerProcess:
         self.connection.settimeout(patience_s)
         with contextlib.ExitStack() as undo:
             (stdin, orders), (told, stdout), (printed, stderr) = os.pipe(), os.pipe(), os.pipe()
-            streams = os.fdopen(orders, "w"), os.fdopen(told), os.fdopen(printed, errors="replace")
+            streams = _opened(orders, "w"), _opened(told, "r"), _opened(printed, "r")
             for stream in streams:
                 undo.callback(stream.close)  # a trainer that is not taken ends with its stdin
             try:
@@ -108,6 +108,11 @@ class ServerProcess:
                 raise NotForked(f"its trainer, process {answer.pid}, is not as it should be")
             undo.pop_all()
         return trainer
+
+
+def _opened(pipe: int, mode: Literal["r", "w"]) -> IO[str]:
+    """A trainer's pipe as `launch` opens it, whatever the locale of the node."""
+    return os.fdopen(pipe, mode, encoding="utf-8", errors="replace")
 
 
 def _shows(pid: int, request: ForkRequest) -> bool:
@@ -151,6 +156,7 @@ class ForkServer:
         self._marks: set[str] = set()
         self._failures = 0  # in a row
         self._next = place.clock.now() + LOOK_S
+        self._unkillable: subprocess.Popen[str] | None = None  # a server that even SIGKILL did not end
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -229,6 +235,8 @@ class ForkServer:
             server, why = self._dropped.get()
             self._end(server)
             self._failed(why)
+        if self._unkillable is not None and self._unkillable.poll() is None:
+            return  # the next one would hang in the kernel beside it, and one more every ten minutes
         wanted = self._place.drain.asked is None and not self._busy()
         if self._server is None and wanted and self._place.clock.now() >= self._next:
             self._make()
@@ -283,6 +291,7 @@ class ForkServer:
             server.process.wait(timeout=KILL_S)
         except subprocess.TimeoutExpired:
             log.error("process %s, a fork server, was killed and does not end", server.process.pid)
+            self._unkillable = server.process
         end_leftovers(server.mark)
         with self._lock:
             self._marks.discard(server.mark)

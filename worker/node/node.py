@@ -32,7 +32,6 @@ from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import Settings, load_settings, make_private, pace_of
 from loractl.common.store.database import CONNECTIONS, NODE_IDLE_S, REFUSALS, connect, make_engine, told_by
 from loractl.common.store.store import Store
-from loractl.common.text import clean_text, without_passwords
 from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Drain, Patience, Workplace
 from loractl.worker.delivery.messenger import Messenger
@@ -45,6 +44,7 @@ from .fork_server import ForkServer
 from .lock import DeviceLock, read_identity
 from .monitor import DeviceRow, Monitor, NodeOptions
 from .slots import Slots
+from .terminal import LogHandler, Terminal
 
 log = logging.getLogger("loractl.worker")
 
@@ -293,35 +293,14 @@ def _once() -> Callable[[str], None]:
     return tell
 
 
-class LogHandler(logging.StreamHandler[IO[str]]):
-    """Writes to stderr, and drops lines once nobody reads it any more.
-
-    A node outlives a worker that was killed. Reporting each lost line, in a line that is lost too, would keep a core
-    busy.
-    """
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-
-
-class _CleanFormatter(logging.Formatter):
-    """Removes passwords of URLs, and control characters: a model's error may contain ones that would steer the owner's
-    terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return clean_text(without_passwords(super().format(record)))
-
-
 def main() -> None:
     """Serve the device with the given index."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--index", required=True, help="the device's number, like 0, or 0.1")
     parser.add_argument("--options", type=json.loads, default={}, help="NodeOptions as JSON")
     arguments = parser.parse_args()
-    handler = LogHandler()
-    handler.setFormatter(_CleanFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.basicConfig(handlers=[LogHandler(Terminal(), "%(asctime)s %(message)s")], level=logging.WARNING)
+    logging.captureWarnings(True)  # else a thread that warns waits for the terminal
     log.setLevel(logging.INFO)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm notifies the whole allocation; the worker's order follows
     options = NodeOptions(**arguments.options)

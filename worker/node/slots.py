@@ -209,10 +209,14 @@ class Slots:
             elif self._calls != calls:
                 self._overheard()  # it came while this slot claimed
             supervise(self._place, attempt)
-            close_if_left(self._place, claim)
+            close_if_left(self._place, claim, self._supervised)
             del self._attempts[slot]
             self._changed()
             calls, after_job = self._calls, True
+
+    def _supervised(self) -> set[int]:
+        """The jobs of attempts that have not ended."""
+        return {one.claim.job_id for one in self.attempts.values() if not one.own.closed}
 
     def _claim(self, calls: int, *, after_job: bool) -> Claim | None:
         """Claim, unless another slot has found nothing since this one was woken. `after_job`: a job has just ended."""

@@ -16,6 +16,10 @@ from loractl.common.lab_store import adopt
 from loractl.common.store.records import Claim
 from loractl.common.units import GIB
 from loractl.worker.attempt import trainer_run
+from loractl.worker.attempt.attempt import SupervisedAttempt
+from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.device.occupancy import Watch
+from loractl.worker.node import slots
 from loractl.worker.node.health import leftovers
 from loractl.worker.node.monitor import NodeOptions
 from loractl.worker.protocol.messages import Ended, Start
@@ -161,13 +165,47 @@ def test_a_card_on_which_something_of_an_attempt_remains_is_closed_with_the_reas
     held.store.cards.see(node_state("heron:0", kind="sim"))
     claim, began = held.store.attempts.claim("heron:0"), held.clock.now()
     assert isinstance(claim, Claim)
-    leftovers.close_if_left(place, claim)
+    leftovers.close_if_left(place, claim, tuple)
     assert held.clock.now() - began >= trainer_run.LEFT_S, "the driver takes a moment"
     reason = f"job {job_id} left {what} behind; check the card, then loractl undrain heron:0"
     assert held.store.cards.drains()["heron:0"].reason == reason
     waiting = held.submit()
     assert reason in " ".join(held.cli("why", waiting).split())
     assert held.store.attempts.claim("heron:0") is None, "it takes nothing more until a person has looked"
+
+
+@pytest.mark.parametrize("bytes_left", [0, GIB])
+def test_what_a_job_s_next_attempt_holds_on_the_card_is_not_called_left_by_the_one_before_it(
+    held: HeldLab, monkeypatch: pytest.MonkeyPatch, bytes_left: int
+) -> None:
+    """An attempt that lost its lease may end after the next one has begun in the card's other slot. The driver's word
+    on memory is by job. What is left after both closes the card."""
+    memory, took_s = [5 * GIB], 3 * trainer_run.LEFT_S
+    place = replace(held.places()[0], held=lambda job_id: memory[0])
+    job_id = held.submit()
+    held.store.cards.see(node_state("heron:0", kind="sim"))
+    claim = held.store.attempts.claim("heron:0")
+    assert isinstance(claim, Claim)
+    claims = iter([claim, replace(claim, attempt=2, token="next")])
+
+    def trained(place: Workplace, attempt: SupervisedAttempt) -> None:
+        if attempt.claim.attempt == 2:
+            place.clock.sleep(took_s)
+            assert not held.store.cards.drains()
+            memory[0] = bytes_left
+        attempt.own.closed = True
+
+    monkeypatch.setattr(slots.Claimer, "claim", lambda _: next(claims, None))
+    monkeypatch.setattr(slots, "supervise", trained)
+    watch = Watch(device=place.device, node_pid=0, clock=held.clock)
+    served = slots.Slots(place, watch, 2, changed=lambda: None, overheard=lambda: None)
+    served.start()
+    served.wake()
+    held.clock.sleep(took_s + 2 * trainer_run.LEFT_S)
+    served.close()
+    assert [order.reason.partition(" behind")[0] for order in held.store.cards.drains().values()] == (
+        [f"job {job_id} left 1.0 GiB of memory"] if bytes_left else []
+    )
 
 
 def test_a_preemptible_job_gives_way_with_a_checkpoint_and_finishes_later(held: HeldLab) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,7 @@ from loractl.common.store.database import connect
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.device.devices import SimulatedDevice
-from loractl.worker.node import box
+from loractl.worker.node import box, terminal
 from loractl.worker.node.box import Box
 from loractl.worker.node.lock import read_identity
 
@@ -67,7 +68,7 @@ def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(
     store.cards.see(node_state("box:0", **vars(read_identity(settings))))
     worker = Box(settings, store, [device], {})
     monkeypatch.setattr(box.subprocess, "Popen", node)
-    monkeypatch.setattr(box.click, "echo", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(box.Terminal, "say", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     threading.Thread(target=lambda: began.wait(60) and os.kill(os.getpid(), signal.SIGINT), daemon=True).start()
     try:
         code = run(worker, drain_when_idle=False)
@@ -171,7 +172,7 @@ def test_a_login_that_may_not_serve_is_told_so_once(upgraded_home: Path, monkeyp
 
 
 @pytest.fixture
-def idle(upgraded_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Idle:
+def idle(upgraded_home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Idle:
     """A worker of the cards heron:0 and heron:1 that ends when no job is left for it."""
     settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_HOST": "heron"})
     (settings.home / "run").mkdir(parents=True)
@@ -186,7 +187,7 @@ def idle(upgraded_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     def last_line() -> str:
         assert run(Box(settings, store, list(devices), {}), drain_when_idle=True) == ExitCode.OK
-        return capsys.readouterr().err.splitlines()[-1]
+        return capfd.readouterr().err.splitlines()[-1]
 
     monkeypatch.setattr(box.subprocess, "Popen", lambda _, **how: popen(["sh", "-c", "read order"], **how))
     monkeypatch.setattr(box.time, "sleep", look)
@@ -248,3 +249,84 @@ def test_a_card_that_could_not_be_read_is_served_by_another_node_once_it_can(
     assert [process.returncode for process in nodes] == [-signal.SIGTERM] * 3
     assert now[0] <= 30 + 2 * box.FIND_AGAIN_S
     assert [device.total for device in worker._devices] == [24 * GIB, 8 * GIB]
+
+
+class HangingNode:
+    """A node's process that serves nothing, and obeys a request to stop unless it is deaf."""
+
+    pid, stdin = 1, SimpleNamespace(write=lambda _: None, flush=lambda: None)
+
+    def __init__(self, *, deaf: bool) -> None:
+        self.sent = list[str]()
+        self.returncode: int | None = None
+        self._deaf = deaf
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        return self.returncode
+
+    def terminate(self) -> None:
+        self.sent.append("SIGTERM")
+        self.returncode = None if self._deaf else 0
+
+    def kill(self) -> None:
+        self.sent.append("SIGKILL")
+        self.returncode = -signal.SIGKILL
+
+
+@pytest.fixture
+def hang(upgraded_home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[str]]]:
+    """Runs a worker whose nodes never write their row, the second one deaf; gives what was sent to the first three."""
+    settings = load_settings({"LORACTL_HOME": str(upgraded_home), "LORACTL_HOST": "heron"})
+    (settings.home / "run").mkdir(parents=True)
+    device = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
+    nodes, now = list[HangingNode](), [0.0]
+
+    def start(*_: Any, **__: Any) -> HangingNode:
+        nodes.append(HangingNode(deaf=len(nodes) == 1))
+        return nodes[-1]
+
+    def look(seconds: float) -> None:
+        now[0] += seconds
+        assert now[0] < 20 * box.STUCK_S
+        if len(nodes) == 4:
+            raise KeyboardInterrupt
+
+    def serve() -> list[list[str]]:
+        worker = Box(settings, Store(connect(settings)), [device], {})
+        assert run(worker, drain_when_idle=False) == ExitCode.OK
+        return [node.sent for node in nodes[:3]]
+
+    monkeypatch.setattr(box.subprocess, "Popen", start)
+    monkeypatch.setattr(box, "served_by", lambda *_: HangingNode.pid)  # so that it did not fail at its start
+    monkeypatch.setattr(box, "time", SimpleNamespace(sleep=look, monotonic=lambda: now[0]))
+    return serve
+
+
+IN_TURN = [["SIGTERM"], ["SIGTERM", "SIGKILL"], ["SIGTERM"]]
+
+
+def test_each_node_that_hangs_is_asked_to_stop_before_it_is_killed(hang: Callable[[], list[list[str]]]) -> None:
+    """Also if the one before it was asked: a kill costs its jobs what they did since their last checkpoint."""
+    assert hang() == IN_TURN
+
+
+def test_a_worker_whose_terminal_nobody_reads_watches_its_nodes(
+    hang: Callable[[], list[list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after Ctrl-S."""
+    monkeypatch.setattr(terminal, "FLUSH_S", 0.05)
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"unread ")
+    os.set_blocking(write, True)
+    with os.fdopen(write, "w") as unread:
+        monkeypatch.setattr(sys, "stderr", unread)
+        try:
+            assert hang() == IN_TURN
+        finally:
+            os.close(read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +23,7 @@ from loractl.common.units import GIB
 from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.storage.client import StoreClient
-from loractl.worker.attempt.trainer_process import TrainerProcess, launch
+from loractl.worker.attempt.trainer_process import TrainerProcess, launch, send
 from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.clock import NodeClock
 from loractl.worker.device.devices import CpuDevice, SimulatedDevice
@@ -29,7 +31,7 @@ from loractl.worker.node.health import leftovers as module
 from loractl.worker.node.health.leftovers import StuckSupervisors
 from loractl.worker.node.monitor import TRIES, NodeOptions
 from loractl.worker.node.node import DeviceNode, place_of
-from loractl.worker.protocol.messages import Stop
+from loractl.worker.protocol.messages import Note, Stop
 
 from ..factories import node_state, submission
 
@@ -133,6 +135,12 @@ def test_an_order_to_a_trainer_whose_pipe_is_closed_fails_nobody(trainer: Traine
     assert trainer._process.stdin is not None
     trainer._process.stdin.close()
     trainer.send(Stop(job_id=1, save=False))
+
+
+def test_an_order_that_can_t_be_written_ends_the_attempt_since_its_trainer_would_wait_for_it() -> None:
+    order: Any = Note(job_id=1, kind="start", text="/data/実験")  # as a job's paths may be
+    with pytest.raises(UnicodeEncodeError):
+        send(io.TextIOWrapper(io.BytesIO(), encoding="ascii"), order)
 
 
 def test_a_node_whose_stuck_supervisor_turns_again_still_ends(place: Workplace, sigterms: list[int]) -> None:

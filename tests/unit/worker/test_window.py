@@ -180,7 +180,7 @@ def test_a_notice_stops_after_a_checkpoint_however_often_it_comes(
 ) -> None:
     """Slurm sends it to all of a step, and a shell hands it on: a second one is not a second Ctrl-C."""
     made = worker(STOPS, grace_s=30.0)
-    monkeypatch.setattr(box.click, "echo", lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr(box.Terminal, "say", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     began = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     began.start()
     assert run(made, drain_when_idle=False) == ExitCode.OK

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from loractl.common.job.status import Reason
 from loractl.common.store.records import Claim
@@ -19,10 +19,17 @@ from loractl.worker.device.occupancy import CARD_VARIABLE, RANK_VARIABLE, card_m
 log = logging.getLogger("loractl.worker")
 
 
-def close_if_left(place: Workplace, claim: Claim) -> None:
-    """Check after an attempt that none of its processes and memory remains; else close the card, with the reason."""
+def close_if_left(place: Workplace, claim: Claim, supervised: Callable[[], Collection[int]]) -> None:
+    """Check after an attempt that none of its processes and memory remains; else close the card, with the reason.
+
+    `supervised`: the jobs of the node's attempts that have not ended yet. If the lease was lost, the job may be among
+    them again: memory is known by its job, so what this attempt left can't be told from what the next one holds. The
+    check after that one sees both.
+    """
     deadline = place.clock.now() + LEFT_S
     while (left := left_of(place, claim)) is not None:
+        if claim.job_id in supervised():
+            return
         if place.clock.now() > deadline:
             reason = f"job {claim.job_id} left {left} behind; check the card, then loractl undrain {place.node}"
             log.error("%s is closed: %s", place.node, reason)
@@ -89,12 +96,13 @@ class StuckSupervisors:
         if longest < 2 * self._patience:
             return
         if self._place.drain.asked is None:
-            log.error("a supervisor of %s is stuck: the node saves its other jobs, then restarts", self._place.node)
             self._place.drain.alone = True
             self._place.drain.ask("checkpoint")
             os.kill(os.getpid(), signal.SIGTERM)  # else, if it turns again, the node would stay but take no jobs
+            log.error("a supervisor of %s is stuck: the node saves its other jobs, then restarts", self._place.node)
         others = [attempt for attempt, silent in silences if silent < self._patience and not attempt.own.closed]
         if not others or longest > 2 * self._patience + DRAIN_GRACE_S:
+            logging.shutdown()  # its last lines say why
             os._exit(1)  # the trainers end when their stdin closes
 
     def _silences(self, attempts: Mapping[int, SupervisedAttempt]) -> Iterator[tuple[SupervisedAttempt, float]]:

@@ -59,6 +59,7 @@ class SelfTest:
         self._changed = changed
         self._command = [sys.executable, "-m", module, place.device.trains_on, place.device.uuid]
         self._stopped = threading.Event()
+        self._process: subprocess.Popen[str] | None = None  # of the last test
         if place.device.trains_on == "cuda":
             watch.fault = NOT_TESTED
 
@@ -83,7 +84,10 @@ class SelfTest:
             self._place.clock.wait(self._stopped, AGAIN_S)
 
     def _test(self) -> None:
-        report = self_test(self._command, bare_environment(self._place, NAME))
+        if self._process is not None and self._process.poll() is None:
+            return  # not even SIGKILL ends it: another one would hang beside it, and one more each minute
+        self._process = _start(self._command, bare_environment(self._place, NAME))
+        report = _report_of(self._process, LONGEST_S)
         if report.fault is not None and report.fault != self._watch.fault:
             log.error("%s is closed: %s", self._place.node, report.fault)
         self._watch.self_test = report.model_dump()
@@ -93,7 +97,11 @@ class SelfTest:
 
 def self_test(command: Sequence[str], environment: dict[str, str], longest_s: float = LONGEST_S) -> SelfTestReport:
     """Run a self-test and read its report. A process that prints no report is a fault too."""
-    process = subprocess.Popen(
+    return _report_of(_start(command, environment), longest_s)
+
+
+def _start(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -103,6 +111,9 @@ def self_test(command: Sequence[str], environment: dict[str, str], longest_s: fl
         env=environment,
         start_new_session=True,
     )
+
+
+def _report_of(process: subprocess.Popen[str], longest_s: float) -> SelfTestReport:
     try:
         output, errors = process.communicate(timeout=longest_s)
     except subprocess.TimeoutExpired:
