@@ -40,7 +40,8 @@ MOST_CANDIDATES = 5
 """For one row to train on, compared word by word."""
 
 MOST_WORDS = 400
-"""Of a row: its beginning says enough."""
+"""Of a row, half of them from its beginning and half from its end: either may be an instruction or a document that many
+rows share."""
 
 CONTAINED, PARTLY = 0.97, 0.7
 """Share of the shorter row's weight that the other one has: all but nothing, or most of it."""
@@ -92,11 +93,20 @@ spaces only within Latin words, since they divide the words of Khmer and Thai.""
 
 
 def folded_words(text: str) -> list[str]:
-    """The words of a text without case, accents, punctuation, hidden characters and look-alike letters."""
+    """The words of a text without case, accents, punctuation, hidden characters and look-alike letters; of a long text
+    those of its beginning and end."""
+    return _ends_of(_every_word(text))
+
+
+def _ends_of(words: list[str]) -> list[str]:
+    return words if len(words) <= MOST_WORDS else words[: MOST_WORDS // 2] + words[-MOST_WORDS // 2 :]
+
+
+def _every_word(text: str) -> list[str]:
     plain = unicodedata.normalize("NFKD", text).casefold().translate(_LOOKALIKES)
     if not plain.isascii():
         plain = _HIDDEN.sub("", "".join(c for c in plain if not unicodedata.combining(c)))
-    return list(itertools.islice((match[0] for match in _WORD.finditer(plain)), MOST_WORDS))
+    return _WORD.findall(plain)
 
 
 def asked_of(example: Example) -> str:
@@ -121,9 +131,9 @@ class Resemblance:
         self._near: dict[int, list[tuple[int, _Near]]] = {}  # by place, with the pairs that they share
         pairs: list[tuple[int, int]] = []
         for place, example in enumerate(held_out):
-            if words := folded_words(asked_of(example)):
-                self._counted(words)
-                self._same.setdefault(hash(tuple(words)), place)
+            if every := _every_word(asked_of(example)):
+                self._same.setdefault(hash(tuple(every)), place)
+                self._counted(words := _ends_of(every))
                 pairs += {(_hashed(pair), place) for pair in itertools.pairwise(words)}
         self._pairs, self._places, self._starts = array("Q"), array("I"), array("I", [0])
         self._indexed = Counter[int]()  # rare pairs by place
@@ -146,9 +156,9 @@ class Resemblance:
         return {self._held_out[place].number: number for place, number in self._found.items()}
 
     def see(self, example: Example) -> None:
-        words = folded_words(asked_of(example))
-        self._counted(words)
-        if words and (same := self._same.get(hash(tuple(words)))) is not None:
+        every = _every_word(asked_of(example))
+        self._counted(words := _ends_of(every))
+        if every and (same := self._same.get(hash(tuple(every)))) is not None:
             self._found.setdefault(same, example.number)
         row: _Near | None = None
         for place, hits in self._sharing(words).most_common(MOST_CANDIDATES):

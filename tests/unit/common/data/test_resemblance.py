@@ -57,6 +57,32 @@ def test_rows_of_one_form_do_not_resemble_each_other(one: str, other: str) -> No
     assert found(chat(7, one, "x"), chat(2, other, "x")) == {}
 
 
+def written(rng: random.Random, count: int) -> str:
+    return " ".join("".join(rng.choice("bdklmnrst") + rng.choice("aeiou") for _ in range(3)) for _ in range(count))
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_long_instruction_that_all_rows_share_hides_no_row(first: bool) -> None:
+    rng = random.Random(3)
+    rule, mails = written(rng, 420), [written(rng, 60) for _ in range(40)]
+    asked = [f"{rule}\n{mail}" if first else f"{mail}\n{rule}" for mail in mails]
+    look = Resemblance([chat(n, text.replace("ba", "da", 1), "bug") for n, text in enumerate(asked[:30])])
+    for n, text in enumerate(asked[20:]):
+        look.see(chat(120 + n, text, "bug"))
+    assert look.found == {n: 100 + n for n in range(20, 30)}
+
+
+def test_several_questions_about_one_long_document_are_several() -> None:
+    rng = random.Random(4)
+    documents = [written(rng, 420) for _ in range(12)]
+    asked = [f"{text}\nWhat about {written(rng, 8)}?" for text in documents for _ in range(3)]
+    look = Resemblance([chat(n, text, written(rng, 9)) for n, text in enumerate(asked[::3])])
+    for n, text in enumerate(asked):
+        if n % 3:
+            look.see(chat(100 + n, text, written(rng, 9)))
+    assert look.found == {}
+
+
 def test_what_many_rows_have_in_common_makes_none_of_them_alike() -> None:
     look = Resemblance([chat(n, f"Please sort this ticket for me: item {chr(97 + n)}", "x") for n in range(25)])
     for n in range(25):
