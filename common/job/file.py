@@ -158,11 +158,7 @@ def _spec_of(document: Document, path: Path, overrides: Sequence[str]) -> JobSpe
     tree, lines = document
     for override in overrides:
         _apply_override(tree, override, overrides)
-    if isinstance(dataset := tree.get("dataset"), dict):
-        tree["dataset"] = {
-            "fields": RowFields.ALL.value,
-            **dataset,
-        }  # a stored spec without the key means the other value
+    _read_all_fields(tree)
     try:
         spec = JobSpec.model_validate(tree, context=AS_WRITTEN)
     except ValidationError as error:
@@ -172,6 +168,12 @@ def _spec_of(document: Document, path: Path, overrides: Sequence[str]) -> JobSpe
         what = "is for a base_model on the hub; a folder has none"
         raise SpecError([_problem(("revision",), what, None, str(path), lines, overrides)])
     return spec
+
+
+def _read_all_fields(tree: dict[str, Any]) -> None:
+    """What a person writes means all fields of a row. A stored spec without the key means the other value."""
+    if isinstance(dataset := tree.get("dataset"), dict):
+        tree["dataset"] = {"fields": RowFields.ALL.value, **dataset}
 
 
 def amended_spec(tree: dict[str, Any], overrides: Sequence[str], name: str, folder: Path) -> JobSpec:
@@ -185,17 +187,25 @@ def amended_spec(tree: dict[str, Any], overrides: Sequence[str], name: str, fold
     for section, keys in stored.kind.defaults({}).items():  # other kinds' defaults may have been asked for
         if isinstance(keys, dict):
             changed[section] = {key: whole[section][key] for key in keys} | changed.get(section, {})
-    if isinstance(stored.lora.init_from, AncestorJob) and _sets(overrides, "lora.init_from"):
+    if isinstance(stored.lora.init_from, AncestorJob) and is_set_by(overrides, "lora.init_from"):
         changed.pop("after", None)  # it names that sweep's members, for the sake of the best of them
         changed.pop("after_any", None)
     for override in overrides:
         _apply_override(changed, override, overrides)
+    if is_set_by(overrides, "dataset.fields"):
+        _read_all_fields(changed)  # the section was written anew, as in a job file
     try:
         spec = JobSpec.model_validate(changed, context=AS_WRITTEN)
     except ValidationError as error:
         raise _refusal(error, name, {}, overrides) from None
     known = {stored.base_model, *stored.data_sets().values()}  # as they were found when it was submitted
     return _resolve_paths(_resolve_defaults(spec), folder, known)
+
+
+def is_set_by(overrides: Sequence[str], key: str) -> bool:
+    """Whether one of the `KEY=VALUE` overrides sets this key, a key within it, or a section that holds it."""
+    names = [override.partition("=")[0] for override in overrides]
+    return any(f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.") for name in names)
 
 
 def override_spec(tree: dict[str, Any], overrides: Sequence[str], name: str) -> JobSpec:
@@ -233,11 +243,6 @@ _RIVALS = {
 """Keys that say the same thing in two ways: an override of one takes the place of the other."""
 
 
-def _sets(overrides: Sequence[str], key: str) -> bool:
-    """Whether one of the `KEY=VALUE` overrides sets this key, or a key within it."""
-    return any(f"{override.partition('=')[0]}.".startswith(f"{key}.") for override in overrides)
-
-
 def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str]) -> None:
     key, equals, text = override.partition("=")
     problem = SpecProblem(
@@ -264,9 +269,9 @@ def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str
             inner = place[section] = {}
         place = inner
     place[last] = value
-    if key == "after" and not value and not _sets(overrides, "after_any"):
+    if key == "after" and not value and not is_set_by(overrides, "after_any"):
         place.pop("after_any", None)  # it says which end of those jobs will do
-    if (rival := _RIVALS.get(key)) and value is not None and not _sets(overrides, rival):
+    if (rival := _RIVALS.get(key)) and value is not None and not is_set_by(overrides, rival):
         place.pop(rival.rpartition(".")[2], None)  # the override wins over what the file says
 
 

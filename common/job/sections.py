@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
@@ -201,6 +202,31 @@ def _steps_or_share(value: Any) -> int | float:
     return int(number) if number >= 1 else number
 
 
+def _number_or_word(value: Any, info: ValidationInfo) -> float | str:
+    """An argument of a scheduler, which would fail on the box with 1e-6 as YAML reads it: a text. Not a union for
+    pydantic: it would complain once for each kind."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise PydanticKnownError("float_type")
+    try:
+        number = float(value)
+    except ValueError:
+        return str(value)  # like linear, a decay_type of warmup_stable_decay
+    except OverflowError:
+        number = math.inf
+    if math.isfinite(number):
+        return number
+    if isinstance(value, str) and info.context != AS_WRITTEN:
+        return value  # as an earlier version stored it
+    raise PydanticKnownError("finite_number")
+
+
+def _no_truth(value: Any) -> Any:
+    """Pydantic reads true as 1, and its strict mode refuses 1e-6, which YAML reads as a text."""
+    if isinstance(value, bool):
+        raise PydanticKnownError("float_type")
+    return value
+
+
 def _expression(text: str) -> str:
     if text == "all-linear":
         return text
@@ -271,6 +297,7 @@ Targets = Annotated[
 """all-linear, a regular expression over whole names, or names. Users never see the tags (`common/job/file.py`)."""
 
 Methods = Annotated[Method | list[Method], BeforeValidator(_methods)]
+NumberOrWord = Annotated[float | str, BeforeValidator(_number_or_word)]
 StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
 WhichBlocks = Annotated[Checkpointing, BeforeValidator(_checkpointing)]
 Cards = Annotated[int | Literal["auto"], BeforeValidator(_cards)]
@@ -469,7 +496,7 @@ class TrainingSpec(Section):
         "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
     ] = "cosine"  # fmt: skip
     """How the learning rate falls after the warm-up."""
-    lr_scheduler_kwargs: dict[Name, float | str] = Field(default_factory=dict, max_length=16)
+    lr_scheduler_kwargs: dict[Name, NumberOrWord] = Field(default_factory=dict, max_length=16)
     """More arguments of the scheduler, like {min_lr_rate: 0.1} for cosine_with_min_lr."""
     weight_decay: float = Field(0.0, ge=0, lt=1)
     """Weight decay of the optimizer."""
@@ -708,7 +735,7 @@ class PreferenceSpec(Section):
     loss_type: Annotated[str | list[str], BeforeValidator(_losses)] = "sigmoid"
     """sigmoid (DPO, arXiv:2305.18290), ipo (2310.12036), hinge (2305.10425), robust (2403.00409), simpo (2405.14734),
     orpo (2403.07691); or several, as [sigmoid, sft], where sft is the loss of the chosen answers."""
-    loss_weights: list[Annotated[float, Field(gt=0, strict=True)]] | None = None
+    loss_weights: list[Annotated[float, BeforeValidator(_no_truth), Field(gt=0)]] | None = None
     """The weight of each of several losses; null: 1 each. A loss that should not count is left out of loss_type."""
     beta: float = Field(0.1, gt=0)
     """A larger value keeps the adapter closer to its reference. ipo's tau; the scale of simpo's rewards (2 or more);

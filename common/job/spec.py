@@ -131,6 +131,11 @@ class JobSpec(Section):
         )
 
 
+def data_set_key(name: str) -> str:
+    """The key of the job file that names this one of `data_sets`, like dataset.more.0."""
+    return f"evaluation.{name}" if name == "regression" else f"dataset.{name}"
+
+
 WITHOUT_EFFECT = frozenset({"resources.exclusive"})
 """Keys of earlier job files and stored specs that are still read, and change nothing any more."""
 

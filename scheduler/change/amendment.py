@@ -39,8 +39,8 @@ from loractl.scheduler.submit.need import admit, open_methods, plan_job
 def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
     """What `KEY=VALUE` overrides change in a job, for `store.jobs.edit` and `store.jobs.retry`.
 
-    Raises JobNotFound, SpecError, UsageError for a change that would make it a different training, WrongState once it
-    has a result.
+    Raises JobNotFound, SpecError, UsageError for a change that would make it a different training, NoChange, WrongState
+    once it has a result.
     """
     job = store.jobs.get(job_id)
     if job.status is Status.SUCCEEDED:
@@ -154,6 +154,13 @@ class Standing(enum.Enum):
     RUNNING = "is running"
 
 
+class NoChange(UsageError):
+    """The job has these settings already."""
+
+    def __init__(self, job_id: int) -> None:
+        super().__init__(f"job {job_id} has these settings already", f"see them: loractl status {job_id} --full")
+
+
 @dataclass(frozen=True, kw_only=True)
 class KeyChange:
     """A key with the value that it had and the one that it gets."""
@@ -185,12 +192,11 @@ class Amended:
     after: JobSpec
 
     def require_allowed(self) -> None:
-        """Refuse changes that would make it another training. Raises UsageError, which names the remaining way."""
+        """Refuse changes that would make it another training. Raises UsageError, which names the remaining way, and
+        NoChange."""
         keys = [change.key for change in changes(self.before, self.after)]
         if not keys:
-            raise UsageError(
-                f"job {self.job_id} has these settings already", f"see them: loractl status {self.job_id} --full"
-            )
+            raise NoChange(self.job_id)
         if self.standing is Standing.RUNNING and (late := [key for key in keys if key not in WHILE_IT_RUNS]):
             what = f"{', '.join(late)} can't change while job {self.job_id} runs; {', '.join(WHILE_IT_RUNS)} can"
             raise UsageError(what, self._way_for(late))

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from loractl.common.errors import ExitCode, JobNotFound, NotYours, UsageError, WrongState
+from loractl.common.errors import (
+    ArtifactError,
+    DataError,
+    ExitCode,
+    JobNotFound,
+    LoractlError,
+    NotYours,
+    SpecError,
+    UsageError,
+    WrongState,
+)
 from loractl.common.job.status import Stage, Status
 from loractl.common.text import clean_line
 from loractl.scheduler.cli.named import JobName, Setting, jobs_named, warn_of_unknown_user
@@ -62,7 +73,7 @@ def _change(jobs: Sequence[str], overrides: Sequence[str], *, again: bool) -> No
     from loractl.common.queue.hints import open_sender
     from loractl.scheduler.submit.intake import wake_for
 
-    from .amendment import amendment, require_unended, unchecked_rows, unknown_channels
+    from .amendment import NoChange, amendment, require_unended, unchecked_rows, unknown_channels
 
     settings, store = open_session()
     artifacts = functools.partial(open_artifacts, settings, store)
@@ -71,7 +82,12 @@ def _change(jobs: Sequence[str], overrides: Sequence[str], *, again: bool) -> No
         def change(job_id: int) -> None:
             if not again:
                 require_unended(store, job_id)
-            changed = amendment(store, job_id, overrides) if overrides else None
+            changed = None
+            try:
+                changed = amendment(store, job_id, overrides) if overrides else None
+            except NoChange:
+                if not again:
+                    raise
             if changed is not None:
                 warn(unknown_channels(changed, settings))
                 warn(unchecked_rows(changed, artifacts, lambda: hint("Counting tokens ...")))
@@ -191,19 +207,31 @@ def _tell(store: Store, job_id: int, became: Status) -> None:
     click.echo(f"Job {job_id} is being stopped on {clean_line(job.where)}; {kept}.")
 
 
+_OF_ONE_JOB = (JobNotFound, NotYours, WrongState, UsageError, SpecError, DataError, ArtifactError)
+"""What keeps one of several jobs as it is: the others may still take the change."""
+
+
 def _for_each(job_ids: Sequence[int], do: Callable[[int], None]) -> None:
     """Do it for each job. Of several, those that fail are named and the others done; the exit status is then 1.
 
-    Raises JobNotFound, NotYours and WrongState for a job that was named alone.
+    Raises the error of a job that was named alone.
     """
     refused = False
     for job_id in dict.fromkeys(job_ids):
         try:
             do(job_id)
-        except (JobNotFound, NotYours, WrongState) as error:
+        except _OF_ONE_JOB as error:
             if len(job_ids) == 1:
                 raise
             refused = True
-            click.echo(f"Error: {error.sentence}", err=True)
+            click.echo(f"Error: {_naming(job_id, error)}", err=True)
     if refused:
         raise click.exceptions.Exit(ExitCode.FAILED)
+
+
+def _naming(job_id: int, error: LoractlError) -> str:
+    """The error in a line that names the job."""
+    said = error.sentence
+    if isinstance(error, SpecError):  # a slip in --set is told to each job: only its hint says what was meant
+        said = "; ".join(f"{each} ({each.hint})" if each.hint else str(each) for each in error.problems)
+    return said if re.search(rf"\bjob {job_id}\b", said) else f"job {job_id}: {said}"

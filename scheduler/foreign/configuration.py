@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from loractl.common.job.document import read_yaml
 from loractl.common.job.sections import AS_WRITTEN
 from loractl.common.job.spec import JobSpec
 
-from .names import AXOLOTL, FACTORY, Draft, Tool, carry, fill_in, get_key, set_key
+from .names import AXOLOTL, FACTORY, Draft, Tool, carry, fill_in, get_key, set_key, short
 
 _FREE = {"columns", "lr_scheduler_kwargs"}  # mappings with freely chosen keys
 
@@ -90,8 +91,12 @@ def _without_what_is_refused(draft: Draft, tool: Tool) -> JobSpec:
             draft.leave(name := draft.more.pop(entry), draft.job["dataset"]["more"].pop(entry)["path"], why)
             del draft.carried[name]
             continue
-        names = [theirs for theirs, ours in draft.carried.items() if key == ours or key.startswith(f"{ours}.")]
-        if not names or key in ("base_model", "dataset.path"):
+        names = [
+            theirs
+            for theirs, ours in draft.carried.items()
+            if f"{key}.".startswith(f"{ours}.") or ours.startswith(f"{key}.")  # or a section as a whole
+        ]
+        if not names or {"base_model", "dataset.path"} & {draft.carried[name] for name in names}:
             raise SpecError([SpecProblem(file=f"the job from {tool.name}", line=None, key=key, what=what)])
         for name in names:
             ours = draft.carried.pop(name)
@@ -167,11 +172,15 @@ def axolotl_rows(draft: Draft, file: Path, folder: Path) -> None:
         places, said = _places(draft, key, entry, file.parent, folder), _axolotl_kind(draft, key, entry)
         for place in places:
             _add(draft, "datasets" if number == 0 else key, {"path": place, **said})
-    for test in _entries(draft.theirs.get("test_datasets"))[:1]:
-        if "path" in test:
-            draft.put("test_datasets", "dataset.eval_path", _places(draft, "test", test, file.parent, folder)[0])
-            set_key(draft.job, "dataset.eval_split", test.get("split"))
-            set_key(draft.job, "dataset.test_size", None)
+    for number, test in enumerate(_entries(draft.theirs.get("test_datasets"))):
+        key = f"test_datasets[{number}]"
+        if number > 0 or "path" not in test:
+            draft.leave(key, test.get("path", test), _HELD_OUT_ONCE if number > 0 else None)
+            continue
+        place, *others = _places(draft, key, test, file.parent, folder)
+        if others:
+            draft.leave(f"{key}.data_files", others, _HELD_OUT_ONCE)
+        _hold_out(draft, "test_datasets", {"path": place, **_axolotl_kind(draft, key, test)})
 
 
 def _entries(value: Any) -> list[dict[str, Any]]:
@@ -229,11 +238,11 @@ def factory_rows(draft: Draft, file: Path, folder: Path) -> None:
     for number, name in enumerate(_names(theirs["dataset"])):
         key = "dataset" if number == 0 else f"dataset: {name}"
         _add(draft, key, _listed(draft, name, place, folder))
-    for name in _names(theirs.get("eval_dataset", []))[:1]:
-        listed = _listed(draft, name, place, folder)
-        draft.put("eval_dataset", "dataset.eval_path", listed["path"])
-        set_key(draft.job, "dataset.eval_split", listed["split"])
-        set_key(draft.job, "dataset.test_size", None)
+    for number, name in enumerate(_names(theirs.get("eval_dataset", []))):
+        if number == 0:
+            _hold_out(draft, "eval_dataset", _listed(draft, name, place, folder))
+        else:
+            draft.leave(f"eval_dataset: {name}", name, _HELD_OUT_ONCE)
 
 
 def _names(named: Any) -> list[str]:
@@ -292,6 +301,12 @@ def _factory_columns(
     return named | {side: columns[side] for side in ("system", "chosen", "rejected") if columns.get(side)}
 
 
+_HELD_OUT_ONCE = "a job has one data set of held-out rows: put all of them into one file"
+
+_USUAL = {"format": "auto", "columns": {}, "template": "chat", "on_overflow": "drop"}
+"""What holds for rows of which the other file says nothing. Only Axolotl's types of rows say on_overflow."""
+
+
 def _add(draft: Draft, theirs: str, said: dict[str, Any]) -> None:
     """The first data set is dataset.path, each other an entry of dataset.more, with the first one's template."""
     said = {key: value for key, value in said.items() if key == "path" or value not in (None, {}, "")}
@@ -300,17 +315,37 @@ def _add(draft: Draft, theirs: str, said: dict[str, Any]) -> None:
     first = get_key(draft.job, "dataset") or {}
     if "path" not in first:
         draft.job["dataset"] = {**said, **first}
-        draft.carried |= {f"{theirs}: {key}": f"dataset.{key}" for key in said if key != "path"}
+        draft.carried |= {f"{theirs}: {key}": f"dataset.{key}" for key in said if key != "path" and key not in first}
         draft.carried[theirs] = "dataset.path"
+        _leave_what_differs(draft, theirs, said, first.keys() & _USUAL.keys())
         return
     draft.carried[theirs] = "dataset.more"
-    inherited = {"format": "auto", "columns": {}}
+    inherited = {key: _USUAL[key] for key in ("format", "columns")}
     own = {
         key: said.get(key, usual) for key, usual in inherited.items() if first.get(key, usual) != said.get(key, usual)
     }
     own |= {key: said[key] for key in ("path", "split") if key in said}
     set_key(draft.job, "dataset.more", [*first.get("more", []), own])
     draft.more.append(theirs)
+    _leave_what_differs(draft, theirs, said, _USUAL.keys() - inherited.keys())
+
+
+def _hold_out(draft: Draft, theirs: str, said: dict[str, Any]) -> None:
+    """The held-out rows, which are read as the rows of dataset.path are."""
+    draft.put(theirs, "dataset.eval_path", said["path"])
+    set_key(draft.job, "dataset.eval_split", said["split"])
+    set_key(draft.job, "dataset.test_size", None)
+    _leave_what_differs(draft, theirs, said, _USUAL.keys())
+
+
+def _leave_what_differs(draft: Draft, theirs: str, said: dict[str, Any], keys: Iterable[str]) -> None:
+    """Name what holds for these rows in the other file, where the job's one value for all rows is another."""
+    for_all = {ours for name, ours in draft.carried.items() if name in draft.theirs}  # not by the first data set alone
+    for key in sorted(keys):
+        here = draft.job["dataset"].get(key, _USUAL[key])
+        there = said.get(key) or (here if f"dataset.{key}" in for_all else _USUAL[key])
+        if there != here:
+            draft.leave(f"{theirs}: {key}", there, f"the job's dataset.{key}, {short(here)}, is for all of its rows")
 
 
 def _from_here(path: str, source: Path, folder: Path) -> str:

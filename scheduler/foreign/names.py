@@ -122,7 +122,7 @@ def _optimizer(draft: Draft, key: str, value: Any) -> None:
     """loractl pages the optimizer's states only for QLoRA; without paging the arithmetic is equal."""
     _translate(draft, key, "training.optim", _OPTIMIZERS)
     optim = get_key(draft.job, "training.optim")
-    if optim and draft.job["method"] == "lora":
+    if optim and draft.job.get("method", "lora") == "lora":
         optim = "adamw_torch" if optim == "paged_adamw_32bit" else optim.removeprefix("paged_")
         set_key(draft.job, "training.optim", optim)
 
@@ -206,9 +206,38 @@ def _dropout(draft: Draft, key: str, value: Any) -> None:
         draft.put(key, "lora.lora_dropout", value)
 
 
+def _warm_up(draft: Draft, key: str, value: Any) -> None:
+    """Steps overrule the ratio, but no steps leave it to the ratio, as in transformers."""
+    theirs = draft.theirs
+    by_ratio = "warmup_ratio" in theirs and not theirs.get("warmup_steps")
+    if key == ("warmup_ratio" if by_ratio else "warmup_steps"):
+        draft.put(key, "training.warmup_steps", value)
+    else:
+        draft.skip(key)
+
+
 def _wandb(draft: Draft, key: str, value: Any) -> None:
     draft.put(key, "training.tracker.project", str(value))
-    set_key(draft.job, "training.report_to", ["wandb"])
+    _report_to(draft, "wandb")
+
+
+def _curves(place: str) -> Rule:
+    """Whether this place gets the curves, next to others."""
+
+    def rule(draft: Draft, key: str, value: Any) -> None:
+        if value is True:
+            _report_to(draft, place)
+            draft.carried[key] = "training.report_to"
+        elif value is False:
+            draft.skip(key)
+        else:
+            draft.leave(key, value)
+
+    return rule
+
+
+def _report_to(draft: Draft, place: str) -> None:
+    set_key(draft.job, "training.report_to", [*(get_key(draft.job, "training.report_to") or []), place])
 
 
 def _plugins(draft: Draft, key: str, value: Any) -> None:
@@ -300,8 +329,8 @@ AXOLOTL = Tool(
         "max_steps": _max_steps,
         "num_epochs": _epochs,
         "lr_scheduler": "training.lr_scheduler_type",
-        "warmup_ratio": "training.warmup_steps",
-        "warmup_steps": "training.warmup_steps",
+        "warmup_ratio": _warm_up,
+        "warmup_steps": _warm_up,
         "noisy_embedding_alpha": "training.neftune_noise_alpha",
         "sample_packing": "training.packing",
         "optimizer": _optimizer,
@@ -324,8 +353,8 @@ AXOLOTL = Tool(
         "eval_max_new_tokens": "evaluation.max_new_tokens",
         "early_stopping_patience": "training.early_stopping_patience",
         "wandb_project": _wandb,
-        "use_tensorboard": ("training.report_to", {True: ["tensorboard"], False: None}),
-        "use_mlflow": ("training.report_to", {True: ["mlflow"], False: None}),
+        "use_tensorboard": _curves("tensorboard"),
+        "use_mlflow": _curves("mlflow"),
         "plugins": _plugins,
         "special_tokens": _tokens,
         "chat_template": {"tokenizer_default"},
@@ -397,8 +426,8 @@ FACTORY = Tool(
         "max_steps": _max_steps,
         "num_train_epochs": _epochs,
         "lr_scheduler_type": "training.lr_scheduler_type",
-        "warmup_ratio": "training.warmup_steps",
-        "warmup_steps": "training.warmup_steps",
+        "warmup_ratio": _warm_up,
+        "warmup_steps": _warm_up,
         "packing": "training.packing",
         "neat_packing": ("training.packing", {True: True, False: None}),
         "optim": _optimizer,

@@ -16,7 +16,7 @@ from loractl.common.job.ancestor import settled_on
 from loractl.common.job.file import override_spec
 from loractl.common.job.method import Method
 from loractl.common.job.names import REPRODUCES
-from loractl.common.job.spec import JobSpec
+from loractl.common.job.spec import JobSpec, data_set_key
 from loractl.common.settings import Settings
 from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.records import Submission
@@ -176,9 +176,8 @@ def _hub_data(spec: JobSpec, job: Job) -> Iterator[Caveat]:
     """Data from the hub without a known commit: the main branch may have moved."""
     for key, text in spec.data_sets().items():
         if key not in job.data and "@" not in text:
-            section = "evaluation" if key == "regression" else "dataset"
             now = "the hub's main branch as it is today, with no revision to hold it"
-            yield Caveat(what=f"{section}.{key}", then=clean_line(text), now=now)
+            yield Caveat(what=data_set_key(key), then=clean_line(text), now=now)
 
 
 def _changes(report: dict[str, Any]) -> Iterator[Caveat]:

@@ -18,13 +18,15 @@ from .job_text import job_text, state_line
 POLL_S = 1.0
 
 
-def follow(store: Store, job_id: int) -> ExitCode:
-    """Watch a job until it has ended or is held: redrawn on a terminal, elsewhere one line per change.
+def follow(store: Store, job_id: int, *, on_stderr: bool = False) -> ExitCode:
+    """Watch a job until it has ended or is held: redrawn on a terminal, elsewhere one line per change. `on_stderr`: all
+    of it, since stdout is for JSON.
 
     Ctrl-C leaves the job alone, says so, and raises click's Exit.
     """
     try:
-        job = _redraw(store, job_id) if sys.stdout.isatty() else _tell_changes(store, job_id)
+        redraws = sys.stdout.isatty() and not on_stderr
+        job = _redraw(store, job_id) if redraws else _tell_changes(store, job_id, on_stderr=on_stderr)
     except KeyboardInterrupt:
         again = f"loractl status {job_id} --watch; stop it: loractl cancel {job_id}"
         click.echo(f"\nJob {job_id} continues: {again}", err=True)
@@ -43,7 +45,7 @@ def _redraw(store: Store, job_id: int) -> JobState:
         time.sleep(REDRAW_S)
 
 
-def _tell_changes(store: Store, job_id: int) -> JobState:
+def _tell_changes(store: Store, job_id: int, *, on_stderr: bool) -> JobState:
     said = ""
     while True:
         job = job_state(store, job_id)
@@ -52,7 +54,7 @@ def _tell_changes(store: Store, job_id: int) -> JobState:
             said = line
         if is_over(store, job):
             waits = f"it waits for job {job.awaits}, which does not go on by itself"
-            click.echo(f"Job {job_id} {job.status.value}: {job.message or waits}")
+            click.echo(f"Job {job_id} {job.status.value}: {job.message or waits}", err=on_stderr)
             return job
         time.sleep(POLL_S)
 

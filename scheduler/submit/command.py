@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--after", "after", multiple=True, type=int, metavar="JOB", help="Start once this job has succeeded.")
 @click.option("--dry-run", is_flag=True, help="Check all that submit checks, print the job and queue nothing.")
 @click.option("--wait", is_flag=True, help="Follow the job; exit 0 when it succeeded, 1 when not.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --wait once the jobs have ended.")
 def submit(
     job_files: tuple[Path, ...],
     like: int | None,
@@ -84,6 +84,11 @@ def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
     settings, store, artifacts = open_stores()
     entries = queue_all(drafts, settings, store, artifacts, tell=str if as_json else click.echo)
     queued = [entry.job_id for entry in entries]
+    ended = ExitCode.OK
+    if wait:
+        from loractl.scheduler.status.follow import follow
+
+        ended = max((follow(store, job_id, on_stderr=as_json) for job_id in queued), default=ExitCode.OK)
     if as_json:
         from loractl.scheduler.status.job import job_state
 
@@ -91,9 +96,7 @@ def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
 
         show(QueuedJobs(jobs=tuple(job_state(store, job_id) for job_id in queued)), as_json, str)
     if wait:
-        from loractl.scheduler.status.follow import follow
-
-        sys.exit(max((follow(store, job_id) for job_id in queued), default=ExitCode.OK))
+        sys.exit(ended)
     if not as_json:
         hint(f"Follow it: loractl status {queued[-1]} --watch")
 
@@ -101,6 +104,5 @@ def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
 def _as_yaml(drafts: JobDrafts) -> str:
     import yaml
 
-    return "".join(yaml.safe_dump(value, sort_keys=False, allow_unicode=True) for value in drafts.as_json()).rstrip(
-        "\n"
-    )
+    jobs = (yaml.safe_dump(value, sort_keys=False, allow_unicode=True) for value in drafts.as_json())
+    return "---\n".join(jobs).rstrip("\n")

@@ -18,7 +18,7 @@ from loractl.common.artifacts import ArtifactStore
 from loractl.common.data.findings import Finding
 from loractl.common.data.rows import RawRow
 from loractl.common.errors import ArtifactError, DataError
-from loractl.common.job.spec import JobSpec
+from loractl.common.job.spec import JobSpec, data_set_key
 from loractl.common.progress import Report
 
 
@@ -178,9 +178,8 @@ def _fetched(job_id: int, key: str, stored: Mapping[str, Any], artifacts: Artifa
     try:
         return artifacts.fetch_dataset(stored["uri"], stored["sha256"], folder)
     except ArtifactError as error:
-        section = "evaluation" if key == "regression" else "dataset"
         raise ArtifactError(
-            f"job {job_id} can't run again on the same data: {section}.{key} (sha256 {stored['sha256'][:12]}) "
+            f"job {job_id} can't run again on the same data: {data_set_key(key)} (sha256 {stored['sha256'][:12]}) "
             f"can't be fetched from the artifact store: {error.sentence}",
             "loractl gc removes what no job needs; put the file back by submitting a job file that names it",
         ) from error

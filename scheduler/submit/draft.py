@@ -12,8 +12,8 @@ from typing import Any
 
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.job.ancestor import settled_on
-from loractl.common.job.file import amended_spec, load_specs, override_spec
-from loractl.common.job.spec import JobSpec
+from loractl.common.job.file import amended_spec, is_set_by, load_specs, override_spec
+from loractl.common.job.spec import JobSpec, data_set_key
 from loractl.common.store.store import Store
 from loractl.scheduler.status.job import JobState
 
@@ -72,9 +72,8 @@ def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> JobDraft:
     before = settled_on(override_spec(job.spec, (), name), chosen)
     before = before.model_copy(update={"after": [], "after_any": False})  # its turn has come
     spec = amended_spec(before.model_dump(mode="json"), overrides, name, Path.cwd())
-    given = {override.partition("=")[0].partition(".")[2] for override in overrides}
     kept = spec.data_sets().keys() & job.data.keys()
-    stored = {key: job.data[key] for key in sorted(kept) if key.partition(".")[0] not in given}
+    stored = {key: job.data[key] for key in sorted(kept) if not is_set_by(overrides, data_set_key(key))}
     return JobDraft(spec=spec, like=job_id, stored=stored)
 
 

@@ -15,7 +15,7 @@ from loractl.common.job.document import MAX_FILE_BYTES
 from loractl.common.job.file import amended_spec, load_spec
 from loractl.common.job.identity import spec_digest
 from loractl.common.job.method import Method
-from loractl.common.job.sections import DataFormat, Metric, TaskType
+from loractl.common.job.sections import DataFormat, Metric, RowFields, TaskType
 from loractl.common.job.spec import JobSpec, spec_keys
 
 MINIMAL_TREE = {"name": "tiny", "base_model": "org/model", "dataset": {"path": "org/data"}}
@@ -196,6 +196,17 @@ def test_a_template_is_for_rows_with_turns(tmp_path: Path) -> None:
             "preference: {loss_type: [sigmoid], loss_weights: [true]}",
             "preference.loss_weights.0",
             "true is not a number",
+        ),
+        (
+            "training: {lr_scheduler_kwargs: {power: true}}",
+            "training.lr_scheduler_kwargs.power",
+            "true is not a number",
+        ),
+        ("training: {lr_scheduler_kwargs: {power: [2]}}", "training.lr_scheduler_kwargs.power", "[2] is not a number"),
+        (
+            "training: {lr_scheduler_kwargs: {power: nan}}",
+            "training.lr_scheduler_kwargs.power",
+            '"nan": input should be a finite number',
         ),
         ("lora: {r: 0}", "lora.r", "0 must be at least 1"),
         ("lora: {r: 2000}", "lora.r", "2000 must be at most 1024"),
@@ -787,6 +798,30 @@ def test_a_value_that_others_have_by_default_stays_when_another_key_changes(tmp_
     spec = load_spec(write(tmp_path, PAIRS), said.split("\n"))
     amended = amended_spec(spec.model_dump(mode="json"), ["max_retries=5"], "job 1", tmp_path)
     assert amended == spec.model_copy(update={"max_retries": 5})
+
+
+def test_a_number_without_a_point_is_one_for_a_scheduler_and_a_loss_although_yaml_reads_a_text(tmp_path: Path) -> None:
+    arguments = "training.lr_scheduler_kwargs={min_lr: 1e-6, num_cycles: 2, decay_type: linear}"
+    training = load_spec(write(tmp_path, MINIMAL), [arguments]).training
+    assert training.lr_scheduler_kwargs == {"min_lr": 1e-6, "num_cycles": 2.0, "decay_type": "linear"}
+    pairs = load_spec(write(tmp_path, PAIRS), ["preference={loss_type: [sigmoid, sft], loss_weights: [1, 1e-3]}"])
+    assert pairs.preference.loss_weights == [1, 1e-3]
+
+
+@pytest.mark.parametrize(("stored", "read"), [("1e-6", 1e-6), ("nan", "nan"), ("1e999", "1e999"), (0.1, 0.1)])
+def test_a_scheduler_s_argument_that_is_stored_as_a_text_still_loads(stored: object, read: object) -> None:
+    spec = {"name": "a", "base_model": "org/model", "dataset": {"path": "org/data"}}
+    spec["training"] = {"lr_scheduler_kwargs": {"min_lr": stored}}
+    assert JobSpec.model_validate(spec).training.lr_scheduler_kwargs == {"min_lr": read}
+
+
+def test_a_data_section_that_a_change_writes_anew_is_read_as_in_a_job_file(tmp_path: Path) -> None:
+    """All fields of its rows, where a stored job without the key reads roles and contents alone."""
+    stored = load_spec(write(tmp_path, MINIMAL)).model_dump(mode="json")
+    amended = amended_spec(stored, ["dataset={path: org/other}"], "job 1", tmp_path)
+    assert (amended.dataset.path, amended.dataset.fields) == ("org/other", RowFields.ALL)
+    del stored["dataset"]["fields"]
+    assert amended_spec(stored, ["dataset.max_length=64"], "job 1", tmp_path).dataset.fields is RowFields.TEXT
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What cancel says of a job that ends while it is asked to stop."""
+"""What edit, retry and cancel do with several jobs, and what cancel says of one that ends while it is asked to stop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import Connection, Engine, event
 
-from loractl.common.errors import WrongState
+from loractl.common.errors import UsageError, WrongState
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import load_settings
@@ -17,7 +17,7 @@ from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import JobVerbs, Store
 from loractl.common.store.tables import Job
-from loractl.scheduler.change.command import AT_ONCE, cancel
+from loractl.scheduler.change.command import AT_ONCE, cancel, edit, retry
 
 from ...factories import RESULT, submission, take
 
@@ -47,6 +47,48 @@ def test_a_job_that_ends_in_between_is_not_said_to_be_stopping(
     store.attempts.beat(other, Progress(stage=Stage.STORING))
     told = CliRunner(env=environment).invoke(cancel, [str(runs)])
     assert told.output.startswith(f"Job {runs} has ended its training: it succeeds once its result is stored")
+
+
+def test_of_several_jobs_those_that_can_t_take_a_change_are_named_and_the_others_take_it(upgraded_home: Path) -> None:
+    environment = {"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"}
+    store = Store(connect(load_settings(environment)))
+    has_it = store.jobs.submit(submission(priority=5))
+    of_pairs = store.jobs.submit(submission(task_type="preference"))
+    runs, waits = store.jobs.submit(submission(priority=9)), store.jobs.submit(submission())
+    assert isinstance(claim := take(store), Claim) and claim.job_id == runs
+    every = [str(n) for n in (has_it, of_pairs, runs, waits)]
+    told = CliRunner(env=environment).invoke(edit, [*every, "--set", "training.label_smoothing_factor=0.1"])
+    assert told.exit_code == 1
+    assert [line.partition(":")[0] for line in told.stdout.splitlines()] == [
+        f"Job {n} is changed" for n in (has_it, waits)
+    ]
+    first, second = told.stderr.splitlines()
+    assert first.startswith(f"Error: job {of_pairs}: --set: training.label_smoothing_factor: ")
+    assert second.startswith("Error: training.label_smoothing_factor can't change while job 3 runs")
+    again = CliRunner(env=environment).invoke(edit, [*every, "--set", "priority=5"])
+    assert again.exit_code == 1
+    assert again.stderr == f"Error: job {has_it} has these settings already\n"
+    assert [store.jobs.get(int(n)).priority for n in every] == [5] * 4
+    wrong = CliRunner(env=environment).invoke(edit, [*every[:2], "--set", "priorty=5"])
+    assert wrong.stderr.splitlines() == [
+        f"Error: job {n}: --set: priorty: unknown key (did you mean priority?)" for n in every[:2]
+    ]
+    alone = CliRunner(env=environment).invoke(edit, [every[0], "--set", "priority=5"])
+    assert isinstance(alone.exception, UsageError)
+
+
+def test_retry_queues_a_job_that_has_these_settings_already(upgraded_home: Path) -> None:
+    environment = {"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"}
+    store = Store(connect(load_settings(environment)))
+    has_it, other, waits = (store.jobs.submit(submission(priority=n)) for n in (5, 0, 5))
+    store.jobs.cancel(has_it, "ada")
+    store.jobs.cancel(other, "ada")
+    told = CliRunner(env=environment).invoke(retry, [f"{has_it}-{waits}", "--set", "priority=5"])
+    assert told.stdout.splitlines() == [
+        f"Job {has_it} is queued again.", f"Job {other} is queued again: priority 0 -> 5."
+    ]  # fmt: skip
+    assert told.exit_code == 1 and f"job {waits}" in told.stderr and "can be retried" in told.stderr
+    assert [store.jobs.get(n).status for n in (has_it, other)] == [Status.QUEUED] * 2
 
 
 def test_the_followers_of_a_sweep_s_members_are_cancelled_with_it(upgraded_home: Path) -> None:

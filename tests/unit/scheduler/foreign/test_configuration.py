@@ -292,7 +292,7 @@ test_datasets:
         {"path": "o/d@v1", "split": "train_sft"},
     ]
     assert (spec.dataset.eval_path, spec.dataset.eval_split) == ("o/d", "test[:100]")
-    assert not told["left_out"]
+    assert told["left_out"].keys() == {"datasets[1]: template"}
     accounted(told, theirs)
 
 
@@ -507,6 +507,115 @@ def test_what_changes_nothing_that_is_learned_is_not_called_left_out(
 )
 def test_what_is_not_carried_is_named_with_what_it_says(tmp_path: Path, line: str, key: str, what: str) -> None:
     assert what in import_text(tmp_path, with_lines(AXOLOTL_ROWS, line)).left_out[key]
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        (
+            "datasets: [{path: o/d, type: chat_template}, {path: o/e, type: alpaca}]",
+            {"datasets[1]: template": '"alpaca": the job\'s dataset.template, "chat", is for all of its rows'},
+        ),
+        (
+            "datasets: [{path: o/d, type: alpaca}, {path: o/e, type: completion}, {path: o/f, type: alpaca}]",
+            {
+                "datasets[1]: template": '"chat": the job\'s dataset.template, "alpaca", is for all of its rows',
+                "datasets[1]: on_overflow": '"truncate": '
+                'the job\'s dataset.on_overflow, "drop", is for all of its rows',
+            },
+        ),
+        (
+            "datasets: [{path: o/d, type: completion}, {path: o/e, type: chat_template}]",
+            {"datasets[1]: on_overflow": '"drop": the job\'s dataset.on_overflow, "truncate", is for all of its rows'},
+        ),
+        (
+            "datasets: [{path: o/d, type: completion}, {path: o/e, type: chat_template}]\nexcess_length_strategy: drop",
+            {"datasets: on_overflow": '"truncate": the job\'s dataset.on_overflow, "drop", is for all of its rows'},
+        ),
+        (
+            "test_datasets: [{path: o/e, type: alpaca}, {path: o/f, type: alpaca}]",
+            {"test_datasets[1]": '"o/f": a job has one data set of held-out rows: put all of them into one file'},
+        ),
+        (
+            "test_datasets: [{path: json, data_files: [x/b.jsonl, x/c.jsonl], type: alpaca}]",
+            {
+                "test_datasets[0].data_files": '["x/c.jsonl"]: '
+                "a job has one data set of held-out rows: put all of them into one file"
+            },
+        ),
+        (
+            "test_datasets: [{path: o/e, type: chat_template, field_messages: talk, name: en}]",
+            {
+                "test_datasets[0].name": '"en"',
+                "test_datasets: format": '"auto": the job\'s dataset.format, "alpaca", is for all of its rows',
+                "test_datasets: columns": '{"messages": "talk"}: '
+                "the job's dataset.columns, {}, is for all of its rows",
+                "test_datasets: template": '"chat": the job\'s dataset.template, "alpaca", is for all of its rows',
+            },
+        ),
+    ],
+)
+def test_what_the_first_data_set_decides_for_another_is_named(tmp_path: Path, line: str, left: dict[str, str]) -> None:
+    made = import_text(tmp_path, with_lines(AXOLOTL_ROWS, line))
+    assert made.left_out == left
+    assert not made.left_out.keys() & made.carried.keys()
+
+
+def test_further_held_out_rows_of_llama_factory_are_named_and_so_are_columns_that_are_not_the_first_s(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "data").mkdir()
+    listing = {"rows": {"hf_hub_url": "o/d"}, "b": {"hf_hub_url": "o/e", "columns": {"prompt": "question"}}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({**listing, "a": {"hf_hub_url": "o/f"}}))
+    made = import_text(tmp_path, with_lines(FACTORY_ROWS, "eval_dataset: b,a"))
+    assert made.job["dataset"]["eval_path"] == "o/e"
+    assert made.left_out == {
+        "eval_dataset: a": '"a": a job has one data set of held-out rows: put all of them into one file',
+        "eval_dataset: columns": '{"instruction": "question"}: the job\'s dataset.columns, {}, is for all of its rows',
+    }
+    for said in ("template: alpaca", "stage: pt\npacking: false"):
+        alike = import_text(tmp_path, with_lines(FACTORY_ROWS, f"{said}\ndataset: rows,a\neval_dataset: a"))
+        assert not alike.left_out, "it is said for all of them"
+
+
+@pytest.mark.parametrize(
+    ("lines", "steps", "unneeded"),
+    [
+        ("warmup_ratio: 0.1\nwarmup_steps: 0", 0.1, "warmup_steps"),
+        ("warmup_steps: 0\nwarmup_ratio: 0.1", 0.1, "warmup_steps"),
+        ("warmup_ratio: 0.1\nwarmup_steps: 20", 20, "warmup_ratio"),
+        ("warmup_steps: 0", 0, None),
+    ],
+)
+@pytest.mark.parametrize("text", [AXOLOTL_ROWS.replace("warmup_ratio: 0.1\n", ""), FACTORY_ROWS])
+def test_a_warm_up_of_no_steps_leaves_it_to_the_ratio_and_one_of_some_overrules_it(
+    tmp_path: Path, text: str, lines: str, steps: float, unneeded: str | None
+) -> None:
+    made = import_text(tmp_path, with_lines(text, lines), {"hf_hub_url": "o/d"})
+    assert made.job["training"]["warmup_steps"] == steps
+    assert unneeded not in made.carried and (unneeded is None or unneeded in made.not_needed)
+
+
+def test_a_llama_factory_file_without_its_finetuning_type_has_an_optimizer(tmp_path: Path) -> None:
+    made = import_text(tmp_path, FACTORY_ROWS + "optim: paged_adamw_8bit\n", {"hf_hub_url": "o/d"})
+    assert (made.job["method"], made.job["training"]["optim"]) == ("lora", "adamw_8bit")
+
+
+@pytest.mark.parametrize(
+    "lines", ["wandb_project: foo\nuse_tensorboard: true", "use_tensorboard: true\nwandb_project: foo"]
+)
+def test_every_place_for_the_curves_is_carried(tmp_path: Path, lines: str) -> None:
+    made = import_text(tmp_path, with_lines(AXOLOTL_ROWS, lines + "\nuse_mlflow: true"))
+    assert made.job["training"]["report_to"] == ["wandb", "tensorboard", "mlflow"]
+    assert made.job["training"]["tracker"] == {"project": "foo"}
+    assert made.carried["use_tensorboard"] == "training.report_to" and not made.left_out
+
+
+def test_a_section_that_is_refused_is_left_out_with_each_of_its_keys(tmp_path: Path) -> None:
+    lines = "rl: dpo\ndpo_loss_type: [sigmoid, hinge]\ndpo_loss_weights: [1.0]\ndpo_beta: 0.2"
+    made = import_text(tmp_path, with_lines(DPO, lines))
+    assert {"dpo_loss_type", "dpo_loss_weights"} <= made.left_out.keys()
+    assert "loss_weights has 1 for 2 of loss_type" in made.left_out["dpo_loss_weights"]
 
 
 def test_an_entry_that_is_refused_takes_no_other_with_it(tmp_path: Path) -> None:

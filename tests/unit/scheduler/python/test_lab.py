@@ -71,6 +71,13 @@ def test_a_job_goes_from_a_mapping_to_its_report_and_adapter(folder: Path, capsy
     assert spec["dataset"]["path"] == str(folder / "rows.jsonl")
 
 
+def test_a_small_number_stays_a_number(folder: Path) -> None:
+    """JSON writes 1e-06, which YAML reads as a text."""
+    job = loractl.connect().submit(JOB, training={"lr_scheduler_kwargs": {"min_lr": 1e-06}})
+    stored = Store(connect(load_settings())).jobs.get(job.job_id).spec
+    assert stored["training"]["lr_scheduler_kwargs"] == {"min_lr": 1e-06}
+
+
 def test_a_change_may_hold_any_text(folder: Path) -> None:
     labels = {"team": "a 😀 “no”: ü"}
     assert loractl.connect().submit(JOB, labels=labels).state.labels == labels

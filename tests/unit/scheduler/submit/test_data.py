@@ -118,3 +118,28 @@ def test_a_job_like_another_takes_its_stored_rows_but_for_those_that_it_names_it
         assert told.count == 38, "30, and a fifth of all"
     changed = like_job(store, job_id, ["dataset.more=[{path: org/data}]"])
     assert changed.stored.keys() == {"path"} and changed.spec.data_sets()["more.0"] == "org/data"
+
+
+@SQLITE_ALONE
+@pytest.mark.parametrize(
+    ("override", "named", "kept"),
+    [
+        ("dataset={path: new.jsonl}", "path", {"regression"}),
+        ("dataset={path: old.jsonl, more: [{path: new.jsonl}]}", "more.0", {"regression"}),
+        ("evaluation={regression: new.jsonl}", "regression", {"path", "more.0"}),
+        ("evaluation.regression=new.jsonl", "regression", {"path", "more.0"}),
+    ],
+)
+def test_a_job_like_another_takes_no_stored_rows_for_a_section_that_is_written_anew(
+    override: str, named: str, kept: set[str], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old, new = rows_in(tmp_path / "old.jsonl", "old", 40), rows_in(tmp_path / "new.jsonl", "new", 30)
+    wanted = spec(dataset={"path": old, "more": [{"path": old}]}, evaluation={"regression": old})
+    artifacts = ArtifactStore(f"file://{tmp_path / 'store'}")
+    stored = store_data(wanted, artifacts)
+    job_id = store.jobs.submit(replace(submission(), spec=wanted, data=stored))
+    draft = like_job(store, job_id, [override])
+    assert draft.stored.keys() == kept
+    assert draft.spec.data_sets()[named] == new
+    assert store_data(draft.spec, artifacts, draft.stored)[named]["rows"] == 30

@@ -192,7 +192,9 @@ def test_a_job_like_one_of_a_sweep_s_best_begins_from_the_same_member(store: Sto
 
 
 @SQLITE_ALONE
-@pytest.mark.parametrize("change", ["lora.init_from={{sweep: {}}}", "lora.init_from.sweep={}"])
+@pytest.mark.parametrize(
+    "change", ["lora.init_from={{sweep: {}}}", "lora.init_from.sweep={}", "lora={{init_from: {{sweep: {}}}}}"]
+)
 def test_a_best_member_chosen_before_an_edit_named_another_sweep_is_forgotten(store: Store, change: str) -> None:
     new = NewSweep(name="tuned", varied={"lora.r": "16"})
     first, second = (store.sweeps.submit(new, [submission(lora=1, qlora=1)]) for _ in range(2))
@@ -209,7 +211,8 @@ def test_a_best_member_chosen_before_an_edit_named_another_sweep_is_forgotten(st
 
 
 @SQLITE_ALONE
-def test_a_job_that_waits_for_a_sweep_s_best_may_begin_from_a_member_that_has_ended(store: Store) -> None:
+@pytest.mark.parametrize("change", ["lora.init_from={}", "lora={{init_from: {}}}"])
+def test_a_job_that_waits_for_a_sweep_s_best_may_begin_from_a_member_that_has_ended(store: Store, change: str) -> None:
     new = NewSweep(name="tuned", varied={"lora.r": "16,16"})
     sweep_id = store.sweeps.submit(new, [submission(lora=1, qlora=1), submission(lora=1, qlora=1)])
     settled = settle_predecessors(spec(lora={"init_from": {"sweep": sweep_id}}), store)
@@ -218,7 +221,7 @@ def test_a_job_that_waits_for_a_sweep_s_best_may_begin_from_a_member_that_has_en
     assert isinstance(claim, Claim)
     store.attempts.finish(claim, Reason.OK, "", Progress(metrics=((1, HELD_OUT_LOSS, 0.5),)), RESULT)
     assert store.jobs.get(last).is_blocked, "the other member has not ended"
-    store.jobs.edit(amendment(store, last, [f"lora.init_from={claim.job_id}"]), "ada")
+    store.jobs.edit(amendment(store, last, [change.format(claim.job_id)]), "ada")
     row = store.jobs.get(last)
     assert (row.after, row.after_any, row.held) == ([], False, False)
 
