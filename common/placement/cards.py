@@ -46,7 +46,6 @@ STOP_COST_S = 60.0
 class Yields:
     """What decides when a running job yields to a much shorter one, see preemption.py."""
 
-    submitted: dt.datetime
     stops: int = 0  # how often it was asked to stop for others before
     cost_s: float = STOP_COST_S
     slowed: float = 1.0  # times as long as jobs just like it took on such a card, so any other would there
@@ -64,6 +63,7 @@ class Occupant:
     preemptible: bool = False  # gives way to a job of higher priority
     ends: dt.datetime | None = None  # expected; None: not known
     began: dt.datetime | None = None
+    since: dt.datetime | None = None  # from when its wait counts, should it wait again; None: not known
     gives_way_to: int | None = None  # the job for which it was asked to stop
     yields: Yields | None = None  # None: it stops for no shorter job
 

@@ -190,6 +190,23 @@ class Without:
         return self._queue.after(job)
 
 
+class With:
+    """A queue with some more jobs, each in a line of its own."""
+
+    def __init__(self, queue: Queue, more: Iterable[Waiting]) -> None:
+        self._queue = queue
+        self._more = {job.job_id: job for job in more}
+
+    def firsts(self, also: Set[int] = frozenset(), room: int = ANY_ROOM) -> list[Waiting]:
+        return [*self._queue.firsts(also, room), *self._more.values()]
+
+    def beyond(self, room: int) -> Sequence[Waiting]:
+        return self._queue.beyond(room)
+
+    def after(self, job: Waiting) -> Waiting | None:
+        return None if job.job_id in self._more else self._queue.after(job)
+
+
 def in_turn(
     queue: Queue,
     firsts: Iterable[Waiting],

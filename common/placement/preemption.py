@@ -11,6 +11,8 @@ A running job yields to a much shorter one if all of this holds:
 - it has run undisturbed for long enough (`undisturbed_s`), twice as long for each time that it was stopped before;
 - no card has room for the waiting one within the time that the stop costs.
 
+Whatever the reason, the rule must give the waiting one its place also where those that stop wait beside it.
+
 So no job yields for ever: one that runs T seconds in all yields at most log2(T / UNDISTURBED_S + 1) times.
 """
 
@@ -22,14 +24,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from loractl.common.job.method import Need, SharedNeed
+from loractl.common.job.method import Method, Need, SharedNeed
+from loractl.common.units import GIB
 
 from .cards import Card, Occupant, Yields, largest_gpu, lasts, least_limit, takes
 from .duration import LATE_S, LATE_SHARE, UNKNOWN_S
 from .gangs import gang_of, takers
-from .lines import Queue, Waiting
+from .lines import Queue, Waiting, With
 from .rule import Placement, jobs_by_user, place, turns_in
-from .shares import LAST, NONE_LEFT
+from .shares import LAST, NONE_LEFT, START_CHARGE_S
 
 RATIO = 4.0
 """What is left of a job that yields is at least this many times what the other one and the stop take."""
@@ -90,13 +93,30 @@ def first_stop(
             served = {one.job.job_id for one in decided if one is not None}
         if stop.job.job_id in served:
             continue
-        then = place(queue, [card.without(stop.going) for card in cards], charges, now, by_share)
+        left = [card.without(stop.going) for card in cards]
+        going = {one.job_id: _waiting(one, now) for one in running if one.job_id in stop.going}
+        then = place(With(queue, going.values()), left, _once_stopped(charges, running, stop, now), now, by_share)
         placed = [one.placed for one in then if one.placed is not None]
         if all(one.job.job_id != stop.job.job_id for one in placed):
-            continue  # its user is at a limit, or others go before it or have the card kept for them
+            # its user is at a limit, or others go before it or have the card kept for them; or those that stop would
+            # take their card back, and be asked again and again
+            continue
         if not stop.is_shorter or not _takes_its_place(stop, placed, running, turn, now):
             return stop
     return None
+
+
+def _once_stopped(
+    charges: Mapping[str, float], running: Iterable[Occupant], stop: Preemption, now: dt.datetime
+) -> dict[str, float]:
+    """The charges once its jobs have stopped: a job that runs counts as if it had for START_CHARGE_S at least, one that
+    has ended as long as it did."""
+    after = dict(charges)
+    for one in running:
+        if one.job_id in stop.going and one.began is not None:
+            short_s = max(0.0, START_CHARGE_S - (now - one.began).total_seconds())
+            after[one.user] = max(0.0, after.get(one.user, 0.0) - one.reserved / GIB * short_s / 3600)
+    return after
 
 
 def _is_free(job: Waiting, cards: Sequence[Card], charges: Mapping[str, float]) -> bool:
@@ -116,7 +136,7 @@ def _takes_its_place(
     """Whether a job that goes after one that stops would start on its card beside the short one: it would
     wait for that one, too."""
     first = min(turn(_waiting(one, now)) for one in running if one.job_id in stop.going)
-    others = (one for one in placed if one.job.job_id != stop.job.job_id)
+    others = (one for one in placed if one.job.job_id not in (stop.job.job_id, *stop.going))
     return any(first < turn(one.job) and stop.node in (share.node for share in one.shares) for one in others)
 
 
@@ -267,10 +287,9 @@ def _numbers(going: Iterable[Occupant]) -> tuple[int, ...]:
 
 def _waiting(one: Occupant, now: dt.datetime) -> Waiting:
     """A running job as it would wait."""
-    assert one.yields is not None
     return Waiting(
-        job_id=one.job_id, user=one.user, priority=one.priority, since=one.yields.submitted, methods=(),
-        need=Need(lora=None, qlora=None), left_s=left_s(one, now),
+        job_id=one.job_id, user=one.user, priority=one.priority, since=one.since or now, methods=(Method.LORA,),
+        need=Need(lora=one.reserved, qlora=None), left_s=left_s(one, now),
     )  # fmt: skip
 
 

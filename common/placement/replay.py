@@ -21,7 +21,7 @@ from .duration import CONTENTION
 from .lines import ANY_ROOM, Lines, Waiting
 from .preemption import first_stop, next_look
 from .rule import Placement, place
-from .shares import charge, decayed
+from .shares import START_CHARGE_S, decayed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,12 +231,12 @@ class ReplayedFleet:
             began=self._moment,
             trains_s=trains_s,
         )
-        yields = Yields(submitted=job.since, stops=asked.stops, cost_s=asked.stop_s)
+        yields = Yields(stops=asked.stops, cost_s=asked.stop_s)
         for share in placed.shares:
             ends = None if running.end is None else self._at(running.end)  # later, where an earlier card is shared
             occupant = Occupant(
                 job_id=job.job_id, user=job.user, reserved=share.bytes, priority=job.priority, ends=ends,
-                began=self.now, yields=yields if asked.yields else None,
+                began=self.now, since=job.since, yields=yields if asked.yields else None,
             )  # fmt: skip
             self._put(self.cards[share.node].with_job(occupant))
 
@@ -373,12 +373,14 @@ class PlacementRule:
         self._meter = meter
         self._waiting = (Lines(order=lambda job: job.job_id) if by_share else Lines()) if waiting is None else waiting
         self._past: dict[str, tuple[float, dt.datetime]] = {}
-        self._running: dict[int, tuple[str, int, dt.datetime, bool]] = {}  # user, bytes, from when, started here
+        self._running: dict[int, tuple[str, int, dt.datetime, float]] = {}  # user, bytes, from when, seconds charged
         if since is not None:
             self._past = {user: (amount, since) for user, amount in (charges or {}).items()}
             for job in running:  # one on several cards is on each of them
                 _, before, *_ = self._running.get(job.job_id, ("", 0))
-                self._running[job.job_id] = (job.user, before + job.reserved, since, False)
+                began = job.began or since
+                charged_s = max((since - began).total_seconds(), START_CHARGE_S)  # as the given charges have it
+                self._running[job.job_id] = (job.user, before + job.reserved, began, charged_s)
 
     def arrived(self, job: ReplayedJob) -> None:
         self._waiting.add(job.waiting)
@@ -388,7 +390,7 @@ class PlacementRule:
         for placement in placed:
             job = placement.job
             size = sum(share.bytes for share in placement.shares)
-            self._running[job.job_id] = (job.user, size, now, True)
+            self._running[job.job_id] = (job.user, size, now, 0.0)
             if self._meter is not None:
                 self._meter.began(placement, now)
             self._waiting.remove(job)
@@ -414,11 +416,12 @@ class PlacementRule:
     def ended(self, job_id: int, now: dt.datetime) -> None:
         if job_id not in self._running:
             return
-        user, size, since, _ = self._running.pop(job_id)
+        user, size, began, charged_s = self._running.pop(job_id)
         if self._meter is not None:
             self._meter.ended(job_id, now)
         past = self._decayed(user, now)
-        self._past[user] = (past + size / GIB * (now - since).total_seconds() / 3600, now)
+        had = size / GIB * ((now - began).total_seconds() - charged_s) / 3600
+        self._past[user] = (max(0.0, past + had), now)
 
     def next_change(self, now: dt.datetime) -> dt.datetime | None:
         """When a user whose jobs wait for a quota is below it again, or a job has run undisturbed for long enough."""
@@ -429,16 +432,11 @@ class PlacementRule:
 
     def charges(self, now: dt.datetime) -> dict[str, float]:
         """GiB hours that count against each user, as `nodes.read_charges` has them."""
-        running: dict[str, list[tuple[int, float]]] = {}
-        known: dict[str, float] = {}
-        for user, size, since, here in self._running.values():
-            seconds = (now - since).total_seconds()
-            if here:
-                running.setdefault(user, []).append((size, seconds))
-            else:  # its earlier use is in the given charges
-                known[user] = known.get(user, 0.0) + size / GIB * seconds / 3600
-        users = self._past.keys() | running.keys() | known.keys()
-        found = {u: charge(self._decayed(u, now) + known.get(u, 0.0), running.get(u, ())) for u in users}
+        running = dict[str, float]()
+        for user, size, began, charged_s in self._running.values():
+            more_s = max((now - began).total_seconds(), START_CHARGE_S) - charged_s
+            running[user] = running.get(user, 0.0) + size / GIB * more_s / 3600
+        found = {u: self._decayed(u, now) + running.get(u, 0.0) for u in self._past.keys() | running.keys()}
         if self._meter is None:
             return found
         return found | {user: quota.on(found.get(user, 0.0)) for user, quota in self._meter.at(now).items()}

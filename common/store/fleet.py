@@ -112,7 +112,7 @@ class FleetView:
 
 OCCUPANT = (
     Job.job_id, Job.user, Job.eta_seconds, Job.priority, Job.preemptible, Job.started_at, Job.preempted_by,
-    ASKED_TO_STOP,
+    ASKED_TO_STOP, Job.waits_from,
 )  # fmt: skip
 """What a card shows of a running job, besides its bytes there."""
 
@@ -134,6 +134,7 @@ def card_of(node: Node, running: Sequence[Any], now: dt.datetime, drained: Colle
                 preemptible=row.preemptible,
                 ends=_end_of(row, now),
                 began=row.started_at,
+                since=row.waits_from,
                 gives_way_to=row.preempted_by,
             )
             for row in running

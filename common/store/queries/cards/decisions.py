@@ -153,7 +153,6 @@ def _withdraw(tx: Transaction) -> int:
 _SET = select(LabSetting.value).where(LabSetting.name == GIVE_WAY)
 _YIELDING = select(
     Job.job_id,
-    Job.waits_from,
     Job.stops,
     Job.started_at,
     Job.eta_seconds,
@@ -190,7 +189,7 @@ def _yields(row: Any, now: dt.datetime) -> Yields:
     slowed = 1.0
     if row.predicted_by is Basis.LIKE and row.seconds_predicted and row.eta_seconds is not None:
         slowed = max(1.0, ((now - row.started_at).total_seconds() + row.eta_seconds) / row.seconds_predicted)
-    return Yields(submitted=row.waits_from, stops=row.stops, cost_s=cost_s, slowed=slowed)
+    return Yields(stops=row.stops, cost_s=cost_s, slowed=slowed)
 
 
 def count_never_yielding(tx: Transaction) -> int:

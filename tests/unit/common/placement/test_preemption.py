@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loractl.common.job.method import Need, Parallel, SharedNeed
+from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import STOP_COST_S, Card, Occupant, Yields
 from loractl.common.placement.lines import Lines, Waiting
 from loractl.common.placement.preemption import (
@@ -25,6 +25,7 @@ from loractl.common.placement.preemption import (
     undisturbed_s,
 )
 from loractl.common.placement.rule import place, turns
+from loractl.common.placement.shares import LAST
 from loractl.common.units import GIB
 
 from ....conftest import examples
@@ -37,8 +38,8 @@ DAY_S = 86_400.0
 def a_long_one(job_id: int = 9, *, ran_s: float = ONCE_S, left_s: float | None = DAY_S, **more: object) -> Occupant:
     """A running job that would yield."""
     began = NOW - dt.timedelta(seconds=ran_s)
-    yields = Yields(submitted=began, **{key: more.pop(key) for key in ("stops", "cost_s", "slowed") if key in more})  # type: ignore[arg-type]
-    return replace(running(job_id, 20, left_s), **{"began": began, "yields": yields, **more})  # type: ignore[arg-type]
+    yields = Yields(**{key: more.pop(key) for key in ("stops", "cost_s", "slowed") if key in more})  # type: ignore[arg-type]
+    return replace(running(job_id, 20, left_s), **{"began": began, "since": began, "yields": yields, **more})  # type: ignore[arg-type]
 
 
 def a_short_one(job_id: int = 10, gib: float = 8, **more: object) -> Waiting:
@@ -122,6 +123,29 @@ def test_a_job_that_would_go_first_anyway_does_not_yield() -> None:
     assert first_stop(Lines([waits]), [on(a_long_one())], {"ada": 50.0}, NOW) is not None
 
 
+@pytest.mark.parametrize(
+    ("since_days", "charges", "by_share"),
+    [(0, {"bob": LAST}, False), (15, {}, False), (1.1, {}, True)],
+    ids=["beyond a soft quota", "older", "what waited a day first"],
+)
+def test_nobody_stops_for_a_higher_priority_who_would_take_the_card_back(
+    since_days: float, charges: dict[str, float], by_share: bool
+) -> None:
+    """It would be asked again and again, and neither would get on."""
+    low = replace(running(9, 20, 3600.0), user="ada", preemptible=True, began=NOW, since=NOW)
+    high = a_job(10, 20, user="bob", priority=1, left_s=3600.0)
+    assert first_stop(Lines([high]), [on(low)], {}, NOW, by_share=by_share) is not None
+    older = replace(low, since=NOW - dt.timedelta(days=since_days))
+    assert first_stop(Lines([high]), [on(older)], charges, NOW, by_share=by_share) is None
+
+
+def test_nobody_stops_who_goes_first_once_the_hour_that_a_start_counts_is_taken_back() -> None:
+    """What has run for ten minutes counts as an hour of use while it runs, and as ten minutes once it has stopped."""
+    long, short = a_long_one(ran_s=700.0, cost_s=5.0, left_s=2700.0, user="ada"), a_short_one(user="vera", left_s=600.0)
+    assert first_stop(Lines([short]), [on(long)], {"ada": 200.0, "vera": 200.0}, NOW) is not None
+    assert first_stop(Lines([short]), [on(long)], {"ada": 20.0, "vera": 20.0}, NOW) is None
+
+
 def test_of_several_the_longest_yields_and_no_more_than_must() -> None:
     jobs = (a_long_one(8, left_s=DAY_S), a_long_one(9, left_s=2 * DAY_S), a_long_one(7, left_s=3 * DAY_S))
     card = a_card("a:0", 80, max_jobs=3, running=(*jobs[:2], replace(jobs[2], reserved=4 * GIB)))
@@ -149,12 +173,36 @@ def yielding(scene: Scene, seed: int) -> Scene:
 
     def one(job: Occupant) -> Occupant:
         began = NOW - dt.timedelta(seconds=rng.choice((100, 3000, 90_000)))
-        yields = Yields(submitted=began, stops=rng.choice((0, 0, 1, 4)), cost_s=rng.choice((5.0, 60.0)))
+        yields = Yields(stops=rng.choice((0, 0, 1, 4)), cost_s=rng.choice((5.0, 60.0)))
         ends = rng.choice((job.ends, None, NOW + dt.timedelta(days=rng.choice((1, 9)))))
         priority = rng.choice((0, 0, 0, 1, -1))
-        return replace(job, began=began, ends=ends, priority=priority, yields=rng.choice((yields, yields, None)))
+        yields = rng.choice((yields, yields, None))
+        since, stops_for_priority = began - dt.timedelta(days=rng.choice((0, 0, 20))), rng.random() < 0.3
+        told = replace(job, began=began, since=since, ends=ends, priority=priority, yields=yields)
+        return replace(told, preemptible=stops_for_priority)
 
     return replace(scene, cards=[replace(card, running=tuple(map(one, card.running))) for card in scene.cards])
+
+
+@settings(max_examples=examples(200))
+@given(scenes(), st.integers(0, 2**32))
+def test_on_any_fleet_nobody_who_stopped_takes_the_card_back(scene: Scene, seed: int) -> None:
+    scene = yielding(scene, seed)
+    if (found := first_stop(Lines(scene.jobs), scene.cards, scene.charges, NOW)) is None:
+        return
+    charges, stopped = dict(scene.charges), dict[int, Waiting]()
+    for one in (one for card in scene.cards for one in card.running if one.job_id in found.going):
+        assert one.began is not None and one.since is not None
+        ran_s = (NOW - one.began).total_seconds()
+        charges[one.user] = max(0, charges.get(one.user, 0) - one.reserved / GIB * max(0, 3600 - ran_s) / 3600)
+        need = Need(lora=one.reserved, qlora=None)
+        stopped[one.job_id] = Waiting(
+            job_id=one.job_id, user=one.user, priority=one.priority, since=one.since, methods=(Method.LORA,), need=need,
+            left_s=left_s(one, NOW),
+        )  # fmt: skip
+    cards = [card.without(found.going) for card in scene.cards]
+    decisions = place(Lines([*scene.jobs, *stopped.values()]), cards, charges, NOW)
+    assert found.job.job_id in {one.placed.job.job_id for one in decisions if one.placed is not None}
 
 
 @settings(max_examples=examples(200))
@@ -169,11 +217,11 @@ def test_on_any_fleet_only_a_much_longer_job_yields_and_the_shorter_one_starts(s
     assert card.open and card.left_s is None
     for job in (job for job in card.running if job.job_id in found.going):
         left = left_s(job, NOW)
-        assert job.yields is not None and job.began is not None
+        assert job.yields is not None and job.began is not None and job.since is not None
         assert left >= RATIO * (found.job.left_s + job.yields.cost_s) and job.priority <= found.job.priority
         assert (NOW - job.began).total_seconds() >= undisturbed_s(job.yields) >= UNDISTURBED_S
         waits = replace(found.job, job_id=job.job_id, user=job.user, priority=job.priority, left_s=left)
-        assert turn(found.job) < turn(replace(waits, since=job.yields.submitted)), "the other would go first"
+        assert turn(found.job) < turn(replace(waits, since=job.since)), "the other would go first"
     then = [card.without(found.going) for card in scene.cards]
     placed = [d.placed for d in place(Lines(scene.jobs), then, scene.charges, NOW) if d.placed is not None]
     assert found.job.job_id in {one.job.job_id for one in placed}
@@ -213,7 +261,7 @@ def test_no_job_yields_for_ever_and_stops_cost_no_more_than_their_share(seed: in
         if long.began is not None:
             long.left_s, long.ran_s = long.left_s - STEP_S, long.ran_s + STEP_S
             ends, began = moment(now + max(long.left_s, 1.0)), moment(long.began)
-            occupant = replace(running(1, 20), ends=ends, began=began, yields=Yields(submitted=NOW, stops=long.stops))
+            occupant = replace(running(1, 20), ends=ends, began=began, since=NOW, yields=Yields(stops=long.stops))
             jobs = [a_short_one(n + 10, since=moment(at)) for n, at in enumerate(waits)]
             if jobs and (found := first_stop(Lines(jobs), [on(occupant)], {}, moment(now))) is not None:
                 assert found.going == (1,)
@@ -235,7 +283,8 @@ def moment(seconds: float) -> dt.datetime:
 
 def test_no_job_yields_where_one_that_goes_after_it_would_take_its_room() -> None:
     """It would wait for that one, too."""
-    card = a_card("a:0", 80, max_jobs=4, running=(replace(a_long_one(left_s=9 * 3600), reserved=60 * GIB),))
+    long = replace(a_long_one(left_s=9 * 3600), reserved=60 * GIB, since=NOW)  # too young to have the card kept for it
+    card = a_card("a:0", 80, max_jobs=4, running=(long,))
     short, next_ = a_short_one(gib=30), a_job(11, 45, user="cyd", left_s=20 * 3600.0)
     assert first_stop(Lines([short]), [card], {}, NOW) is not None
     assert first_stop(Lines([short, next_]), [card], {}, NOW) is None

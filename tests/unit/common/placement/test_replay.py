@@ -327,7 +327,7 @@ def test_a_job_gives_way_once_it_has_run_undisturbed_and_not_before() -> None:
     """The replay looks again at that moment, although no job arrives or ends then."""
     long, short = yielding(a_job(1, 0, 80, 10 * HOUR)), yielding(a_job(2, 60, 80, 120))
     done = replay([long, short], [a_card()], START, PlacementRule(yields=True))
-    assert starts(done)[2] == undisturbed_s(Yields(submitted=START))
+    assert starts(done)[2] == undisturbed_s(Yields())
 
 
 def test_one_that_does_not_yield_is_not_stopped() -> None:
@@ -384,7 +384,7 @@ def starts_after(job: ReplayedJob) -> float:
 def test_what_runs_from_the_beginning_gives_way_too() -> None:
     """As why and status ask it. Of a running job they know what its card shows, and perhaps how it would wait."""
     busy = Occupant(job_id=9, user="bob", reserved=80 * GIB, ends=at(10 * HOUR), began=at(-HOUR))
-    busy = replace(busy, yields=Yields(submitted=at(-2 * HOUR)))
+    busy = replace(busy, since=at(-2 * HOUR), yields=Yields())
     short, cards = yielding(a_job(1, 0, 80, 60)), [a_card(running=[busy])]
     assert starts(replay([short], cards, START, PlacementRule(yields=True))) == {1: 0}
     again = replace(yielding(a_job(9, -2 * HOUR, 80, 10 * HOUR, user="bob")), stops=1)
@@ -401,7 +401,7 @@ def test_a_thousand_short_jobs_do_not_hold_up_a_long_one_that_gives_way_to_them(
     card = replace(a_card(80), max_jobs=1)
     run = replay([long, *short], [card], START, PlacementRule(yields=True)).runs[1]
     assert run.ended is not None
-    assert run.stops <= math.log2(20 * HOUR / undisturbed_s(Yields(submitted=START)) + 1)
+    assert run.stops <= math.log2(20 * HOUR / undisturbed_s(Yields()) + 1)
     assert (run.ended - START).total_seconds() <= 20 * HOUR + run.stops * long.stop_s + 1000 * 60
 
 
@@ -429,14 +429,19 @@ def test_a_job_on_several_cards_is_charged_for_all_of_them() -> None:
     assert rule.charges(at(60)) == {"ada": pytest.approx(40.0)}
     rule.ended(1, at(2 * HOUR))
     assert rule.charges(at(2 * HOUR)) == {"ada": pytest.approx(80.0)}
-    running = [Occupant(job_id=9, user="bob", reserved=share.bytes) for share in placed.shares]
+    running = [Occupant(job_id=9, user="bob", reserved=share.bytes, began=at(-HOUR)) for share in placed.shares]
     rule = PlacementRule({}, START, running)
     assert rule.charges(at(HOUR)) == {"bob": pytest.approx(40.0)}
 
 
 def test_charges_go_on_from_those_that_were_given() -> None:
-    """What ran before is in them already; it counts on from then."""
-    busy = Occupant(job_id=9, user="bob", reserved=10 * GIB, ends=at(HOUR))
+    """What ran before is in them already; it counts on from then. The first hour is charged at once."""
+    busy = Occupant(job_id=9, user="bob", reserved=10 * GIB, began=at(-HOUR), ends=at(HOUR))
+    young = Occupant(job_id=8, user="cyd", reserved=10 * GIB, began=at(-HOUR / 4))
+    rule = PlacementRule({"cyd": 10.0}, START, [young])
+    assert rule.charges(at(HOUR / 2))["cyd"] == pytest.approx(decayed(10.0, HOUR / 2))
+    rule.ended(8, at(HOUR / 2))
+    assert rule.charges(at(HOUR / 2))["cyd"] == pytest.approx(7.5, rel=0.03)
     rule = PlacementRule({"bob": 7.0, "ada": 1.0}, START, [busy])
     assert rule.charges(START) == {"bob": pytest.approx(7.0), "ada": pytest.approx(1.0)}
     rule.ended(9, at(HOUR))

@@ -639,11 +639,11 @@ def test_an_expected_start_counts_on_a_long_job_that_will_give_way() -> None:
     waiting = [waits(7, lora=24, qlora=24, work_left_s=120.0)]
     view = fleet([card("a:0")], [ran], waiting)
     assert outlook(view, [7], lambda job: None).starts[7].at == in_seconds(10 * 3600)
-    giving_way = GivingWay(jobs={1: Yields(submitted=NOON)})
+    giving_way = GivingWay(jobs={1: Yields()})
     cards = {one.node: one for one in giving_way.on(view.cards.values())}
     view = replace(view, cards=cards, giving_way=giving_way)
     found = outlook(view, [7], lambda job: None, asking=[7])
-    assert found.starts[7].at == in_seconds(undisturbed_s(Yields(submitted=NOON)))
+    assert found.starts[7].at == in_seconds(undisturbed_s(Yields()))
     found = outlook(view, [7], lambda job: None)
     assert found.starts[7].at == in_seconds(10 * 3600), "to one that keeps its own card nobody yields"
     off = replace(view, giving_way=replace(giving_way, is_on=False))
