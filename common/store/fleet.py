@@ -223,6 +223,10 @@ class Avoidance:
     until: dt.datetime
 
 
+OLDER = "older"
+"""Why a job avoids a box whose worker's loractl is too old to read it."""
+
+
 def avoided_by(column: Mapping[str, Any] | None, now: dt.datetime) -> dict[str, Avoidance]:
     """What a job's row says of the cards and boxes that failed it, as far as it holds now."""
     told = {

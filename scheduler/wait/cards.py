@@ -29,7 +29,7 @@ from loractl.common.placement.gangs import gang_of, may_share
 from loractl.common.placement.lines import Waiting, waited
 from loractl.common.placement.refusals import out_of_reach
 from loractl.common.placement.rule import Term, deciding
-from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, waiting_of
+from loractl.common.store.fleet import NODE_STALE_S, OLDER, FleetView, avoided_by, waiting_of
 from loractl.common.store.tables import Job
 from loractl.common.text import clean_line, numbers, when_they_end
 from loractl.common.units import clock, duration, gib
@@ -273,7 +273,8 @@ class Asking:
             text = f"{is_not}{'' if me.bf16 else ' checkpoint not'}, so it waits for another card"
             return Offer(chance=chance, word="format", text=text)
         why = found[card.node] if card.node in found else found[card.host]
-        text = f"failed it ({why.reason}), so it waits for another card until {clock(why.until, self.view.now)}"
+        did = "has a loractl too old to read it" if why.reason == OLDER else f"failed it ({why.reason})"
+        text = f"{did}, so it waits for another card until {clock(why.until, self.view.now)}"
         return Offer(chance=chance, word="avoids", text=text, at=why.until)
 
     def _short_of_time(self, card: Card) -> Offer:

@@ -14,9 +14,9 @@ from loractl.common.job.method import Method, Need, Ways, permitted_methods, wit
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.cards import TimeLeft
 from loractl.common.placement.gangs import gang_of
-from loractl.common.placement.lines import QueueKey, queue_key, vram_class
+from loractl.common.placement.lines import QueueKey, own_key, queue_key, vram_class
 
-from ..fleet import waiting_of
+from ..fleet import OLDER, waiting_of
 from ..guard import become
 from ..tables import FREE, WAITS, Event, Job, ready_at
 from ..transaction import SKIP_LOCKED, Transaction
@@ -129,15 +129,21 @@ def _gang_waits(tx: Transaction, largest: int, labels: Mapping[str, str], time_l
 NEWER_WORKER_DELAY_S = 60.0
 """How long before a job that only a newer worker can read is looked at again."""
 
+NEWER_WORKER_AVOIDS_S = 600.0
+"""How long it then keeps off this one's box, if another could hold it: the rule might prefer this box each time."""
 
-def set_aside(tx: Transaction, job: Job, what: str, now: dt.datetime) -> None:
+
+def set_aside(tx: Transaction, job: Job, what: str, host: str, now: dt.datetime) -> None:
     """End a locked, waiting job as bad_spec. If a newer client wrote it, leave it to a newer worker.
 
-    `what`: what can't be read of it.
+    `what`: what can't be read of it; `host`: the box whose worker can't.
     """
     what = f"this worker's loractl does not understand {what}"
     if job.version is not None and _release(job.version) > _release(__version__):
         job.not_before = now + dt.timedelta(seconds=NEWER_WORKER_DELAY_S)
+        until = now + dt.timedelta(seconds=NEWER_WORKER_AVOIDS_S)
+        job.avoids = {**(job.avoids or {}), host: {"reason": OLDER, "until": until.isoformat()}}
+        job.queue_key = own_key(job.queue_key, job.job_id)  # in a line with others nobody reads what it avoids
         job.message = f"written by loractl {job.version}, a worker with {__version__} can't read it"
         _tell_once(tx, job.job_id, f"{what}; left to a worker with {job.version}")
         return

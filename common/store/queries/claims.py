@@ -158,11 +158,12 @@ def _take(
             return _Obstacle.ODD
     spec = _read(job)
     if isinstance(spec, str):
-        set_aside(tx, job, spec, now)
+        set_aside(tx, job, spec, node.host, now)
         tell_of_job(tx, job)
         return _Obstacle.ODD
     if placed.method not in permitted_methods(spec.method):  # others may write a row's methods, nobody its spec
-        set_aside(tx, job, f"the method {placed.method.value} of its row, which its job file does not permit", now)
+        what = f"the method {placed.method.value} of its row, which its job file does not permit"
+        set_aside(tx, job, what, node.host, now)
         tell_of_job(tx, job)
         return _Obstacle.ODD
     if node.kind == "nvml" and not placed.beside and raise_least(tx, job, placed.method, placed.reserved):

@@ -22,7 +22,7 @@ from loractl.scheduler.status.overview_text import job_list_text, overview_text
 from loractl.scheduler.why.answer import why
 from loractl.scheduler.why.text import why_text
 
-from ...factories import Clock, submission, take
+from ...factories import NOON, Clock, node_state, submission, take
 from ...scheduler.screens import WIDE
 
 ODD = ({}, {"new": 1}, {"name": 5}, {"resources": None}, {"training": []}, {"lora": {"r": "many"}, "after": None})
@@ -90,6 +90,29 @@ def test_a_row_of_a_newer_version_waits_for_a_newer_worker_and_says_so_once(upgr
         row = store.jobs.get(job_id)
         assert row.status is Status.QUEUED and row.message is not None and version in row.message
         assert [event.kind for event in store.jobs.events(job_id)] == ["queued", "version"]
+
+
+def test_a_row_of_a_newer_version_goes_to_the_newer_worker_though_the_rule_prefers_the_older_one_s_card(
+    upgraded_url: str,
+) -> None:
+    engine, clock = make_engine(upgraded_url), Clock()
+    store = Store(engine, clock)
+    job_id = store.jobs.submit(submission(lora=8, method="lora"))
+    spec = store.jobs.get(job_id).spec
+
+    def claimed_by(node: str, said: object) -> Claim | Left | None:
+        with Session(engine) as session, session.begin():
+            job = session.get_one(Job, job_id)
+            job.spec, job.version = said, "99.0.0"
+        for one in ("a:0", "b:0"):
+            store.cards.see(node_state(one))
+        return store.attempts.claim(node)
+
+    while not isinstance(claimed_by("b:0", spec), Claim):  # what this version reads is what the newer worker would
+        assert (clock.now - NOON).total_seconds() < 200, "it waits for ever"
+        assert not isinstance(claimed_by("a:0", {"new": 1}), Claim)
+        assert any("too old to read it" in fit.then for fit in why(store, job_id).cards)
+        clock.forward(5)
 
 
 def test_a_user_s_jobs_that_no_version_reads_keep_no_card_from_others(upgraded_url: str) -> None:
