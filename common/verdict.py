@@ -190,6 +190,9 @@ CHEAP = {
 """The tuned model against answers that cost no training. A gain over the base needs a gain over each of them in one
 measure; where a measure decides, in that one or over the shares in either."""
 
+NEW_ROWS = "new_rows_"
+"""How the name begins of a measure on rows that resemble no row to train on."""
+
 RESEMBLE = "resemble rows to train on"
 
 SPOILT = 1.0
@@ -219,6 +222,7 @@ def report_verdict(
     does not decide either if it has not clearly changed but the share of correctly ranked pairs has. A measure that the
     job names as the deciding one (`decides`) decides alone.
 
+    Where at least MIN_NEW rows resemble no row to train on, each measure is the one on those, if it was measured apart.
     A gain of the loss is one "by loss only" unless a measure of answers gained, too. It is none if a cheap answer
     reaches it. It can't be judged if there are few rows, or if the rows measure something else: some resemble rows to
     train on, and the others are few and are the fewer ones or show no clear gain; or their questions hold the answer.
@@ -227,12 +231,16 @@ def report_verdict(
     `aside`. `given_away`: how many of them `resemble` a row that was trained on. `read_off`: a clause if most of them
     hold their answer. `texts`: the rows are plain texts, so the loss is all there is.
     """
+    measured = {metric["name"]: metric for metric in metrics}
+    every, new = measured["loss"], measured.get("new_rows_loss")
+    loss = new if new is not None and _decide(new) else every
+    deciding = next((metric for metric in metrics if metric.get("decides")), None)
+    twin = measured.get(f"{NEW_ROWS}{(deciding or every)['name']}")
+    if twin is not None and _decide(twin):
+        metrics = _of_new_rows(measured)
     named = {metric["name"]: metric for metric in metrics}
-    every, new = named["loss"], named.get("new_rows_loss")
-    loss = every if new is None or new["cases"] < MIN_NEW else new
-    accuracy = named.get("new_rows_preference_accuracy" if loss is new else "preference_accuracy")
+    accuracy, cut = named.get("preference_accuracy"), _cut(named.get(ENDS))
     of = _of_rows(loss, metrics, rows) if accuracy is None else _of_pairs(loss, accuracy, named, rows)
-    deciding, cut = next((metric for metric in metrics if metric.get("decides")), None), _cut(named.get(ENDS))
     known = ""
     if new is not None and deciding is None:
         seen = every["cases"] - new["cases"]
@@ -246,7 +254,7 @@ def report_verdict(
         said, spoken = _said(of, loss, named, metrics, texts=texts)
         spoken |= LOSSES
     else:
-        said, judged, apart_from = _decided(deciding, named.get(f"{NEW_ROWS}{deciding['name']}"), resemble)
+        said, judged, apart_from = _decided(deciding, twin, resemble)
         spoken = {deciding["name"], f"{NEW_ROWS}{deciding['name']}", *(LOSSES - {"loss"})}
         of, doubts = _by_measure(judged, of, str(deciding["label"])), [*doubts, *apart_from]
         if deciding["cases"]:
@@ -257,7 +265,7 @@ def report_verdict(
             doubts = doubts[: len(doubts) - (new is not None)]
         elif read_off and FORM not in named:  # else it is compared with what they can be told by
             said = _Said("cant_be_judged", read_off)
-        elif cheap := _unbeaten(named, deciding):
+        elif cheap := _unbeaten(named, deciding and named[deciding["name"]]):
             said = _Said("no_better_than_cheap", cheap)
     if said.reading in GAINS and deciding is None:
         mostly = cut if cut and named[ENDS]["tuned"] < 50 else ""
@@ -273,10 +281,10 @@ def report_verdict(
         for metric in metrics
         if metric["reading"] == "worse"
         and metric["name"] not in spoken
-        and not metric["name"].startswith(("cheap_", "copied_", "few_shot_"))
+        and not metric["name"].removeprefix(NEW_ROWS).startswith(("cheap_", "copied_", "few_shot_"))
     ]
     asides = [f"Worse on {' and '.join(worse)}."] if worse and loss["cases"] >= MIN_CASES else []
-    if (words := named.get("words_loss")) is not None and said.reading == "better":
+    if (words := _only_ends(named)) is not None and said.reading == "better":
         shown = written(words)
         asides.append(f"Without the stop token the loss is {shown.base} -> {shown.tuned}, {words['reading']}.")
     if accuracy is None and (lengths := _lengths(named)):
@@ -290,6 +298,23 @@ def report_verdict(
 
 
 GAINS = ("better", "better_by_loss")
+
+
+def _decide(new: Mapping[str, Any]) -> bool:
+    """Whether a measure of the rows that resemble no row to train on has enough of them to decide."""
+    return bool(new["cases"] >= MIN_NEW)
+
+
+def _of_new_rows(measured: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The measures, with those of the rows that resemble no row to train on in place of those of all rows. What was not
+    measured apart stays: all its rows are such, or the report is of an earlier version."""
+    found = {name: metric for name, metric in measured.items() if not name.startswith(NEW_ROWS)}
+    for name, metric in measured.items():
+        if name.startswith(NEW_ROWS):
+            plain = name.removeprefix(NEW_ROWS)
+            every = found.get(plain, metric)
+            found[plain] = {**every, **metric, "name": plain, "label": every["label"]}
+    return list(found.values())
 
 
 def _alike(every: Mapping[str, Any], seen: int, new: Mapping[str, Any] | None, reading: str) -> str | None:
@@ -353,10 +378,6 @@ def _said(
     return _Said(str(reading)), spoken
 
 
-NEW_ROWS = "new_rows_"
-"""How the name begins of a measure on rows that resemble no row to train on."""
-
-
 def _decided(
     every: Mapping[str, Any], new: Mapping[str, Any] | None, resemble: str
 ) -> tuple[_Said, Mapping[str, Any], list[str]]:
@@ -407,7 +428,7 @@ def _by_loss(
     gained = {metric["name"] for metric in of.judges if metric["reading"] == "better"}
     if gained - ROUGES:
         return None  # more answers are right, whatever their length and the stop token did
-    if (words := named.get("words_loss")) is not None:
+    if (words := _only_ends(named)) is not None:
         shown = written(words)
         apart = f"; without the stop token {shown.base} -> {shown.tuned}, {words['reading']}"
         return _Said(reading, "it learned to end its answers", apart)
@@ -426,6 +447,12 @@ def _by_loss(
     return _Said(reading, f"{told['reading']} of the answers", f"; {_told(of.judges)}")
 
 
+def _only_ends(named: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The loss without the stop token, where that has not gained."""
+    words = named.get("words_loss")
+    return None if words is None or words["reading"] == "better" else words
+
+
 def _too_long(named: Mapping[str, Mapping[str, Any]]) -> str:
     """A clause about answers that are clearly much longer than expected; empty without such."""
     lengths = named.get(EXPECTED_LENGTH)
@@ -436,6 +463,8 @@ def _too_long(named: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _too_few_answers(metrics: Sequence[Mapping[str, Any]]) -> str:
     cases = max(int(metric["cases"]) for metric in metrics)
+    if not cases:
+        return "no answers were measured"
     return f"{cases} answer{'s' * (cases != 1)} {'are' if cases != 1 else 'is'} too few to say"
 
 

@@ -24,6 +24,7 @@ from loractl.common.job.sections import DataFormat, DatasetSpec
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.model_card import Published, hub_card
+from loractl.common.verdict import MIN_NEW
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.lora import add_adapter
@@ -174,12 +175,15 @@ def test_a_row_is_answered_alike_alone_in_a_batch_and_with_padding_on_either_sid
     np.testing.assert_allclose(left, alone, atol=1e-4)
 
 
-def test_held_out_texts_that_resemble_trained_ones_are_measured_apart(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("new", [20, 32])
+def test_held_out_texts_that_resemble_trained_ones_are_measured_apart(
+    tiny_model: Path, tmp_path: Path, new: int
+) -> None:
     """Such rows were part of the verdict as any other: a classifier that knew 38 of 40 texts by heart was better."""
-    tokenizer, texts = load_tokenizer(str(tiny_model)), list(map(_text, range(60)))
+    tokenizer, texts = load_tokenizer(str(tiny_model)), list(map(_text, range(72)))
     files = [tmp_path / "train.csv", tmp_path / "held-out.csv"]
     known = [(f"hello there, {text}, thanks a lot", label) for text, label in texts[:19]]
-    for file, rows in zip(files, (texts[:40], [*known, *texts[40:]]), strict=True):
+    for file, rows in zip(files, (texts[:40], [*known, *texts[40 : 40 + new]]), strict=True):
         file.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
     dataset = DatasetSpec(path=str(files[0]), eval_path=str(files[1]), format=DataFormat.CLASSIFICATION)
     data = prepare_data(dataset, str(files[0]), str(files[1]), None, tokenizer, None)
@@ -192,11 +196,21 @@ def test_held_out_texts_that_resemble_trained_ones_are_measured_apart(tiny_model
     found = evaluate_classifier(
         EvaluationTask(learner=learner, data=data, spec=_spec(tiny_model), check_stop=lambda: None)
     )
-    assert found.given_away == 19 and found.rows == 39
-    assert next(metric.cases for metric in found.metrics if metric.name == "new_rows_loss") == 20
-    (against,) = [metric for metric in found.metrics if metric.name == "cheap_form_accuracy"]
+    assert found.given_away == 19 and found.rows == 19 + new
+    metrics = {metric.name: metric for metric in found.metrics}
+    assert metrics["new_rows_loss"].cases == new
+    against = metrics["cheap_form_accuracy"]
     assert (against.label, against.base) == ("labels right, against the last sign alone", 100)
-    assert against.tuned == next(metric.tuned for metric in found.metrics if metric.name == "accuracy") < 100
+    assert against.tuned == metrics["accuracy"].tuned < 100
+    judges = {name for name in metrics if name.startswith("new_rows_")} - {"new_rows_loss"}
+    if new < MIN_NEW:
+        assert not judges, "too few to judge by"
+        return
+    assert judges == {"new_rows_accuracy", "new_rows_macro_f1", "new_rows_cheap_form_accuracy"}
+    assert found.labels is not None
+    right = found.labels.right(found.labels.tuned)[19:]
+    for name in ("new_rows_accuracy", "new_rows_cheap_form_accuracy"):
+        assert (metrics[name].cases, metrics[name].tuned) == (new, pytest.approx(100 * sum(right) / new))
 
 
 def _text(number: int) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loractl.common.job.method import Method
+from loractl.common.job.sections import Metric
 from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import Precision, choose_precision
 from loractl.worker.base.gauge import in_batches
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner, load_base, load_tokenizer, positions_of
-from loractl.worker.evaluation.answers import ROUGE, rouge
+from loractl.worker.evaluation.answers import ROUGE, Answer, answer_metrics, rouge
 from loractl.worker.evaluation.comparison import (
     BOOTSTRAP_SEED,
     Compared,
@@ -86,6 +88,53 @@ def test_a_few_answers_that_all_turned_one_way_are_no_clear_change(turned: int, 
     assert (found.base, found.tuned, found.reading) == (0, 5 * turned, reading)
     back = compare_shares("exact_match", "exact match", [n < turned for n in range(20)], [False] * 20)
     assert back.reading == reading.replace("better", "worse")
+
+
+@pytest.mark.parametrize(
+    ("turned", "reading", "said"), [(5, "no clear change", "better_by_loss"), (6, "better", "better")]
+)
+def test_macro_f1_and_rouge_of_a_few_turned_answers_are_no_clear_change_either(
+    turned: int, reading: str, said: str
+) -> None:
+    """They follow the same few answers: macro F1 alone made a verdict better that accuracy left open."""
+    expected = [f"{('open', 'shut')[n % 2]} case" for n in range(24)]
+    wrong = [f"{('shut', 'open')[n % 2]} case" if n < turned else text for n, text in enumerate(expected)]
+    tokens, losses = np.full(24, 10.0), RNG.normal(30, 1, 24)
+    gain = LOSS.compare(losses, losses - 5, tokens)
+    for base, tuned, word in ((wrong, expected, "better"), (expected, wrong, "worse")):
+        labels = label_metrics(Labels.of(["open case", "shut case"], expected, base, tuned))
+        answers = [
+            Answer(row=n, prompt="", expected=e, base=b, tuned=t, base_ended=True, tuned_ended=True)
+            for n, (e, b, t) in enumerate(zip(expected, base, tuned, strict=True))
+        ]
+        texts = answer_metrics(answers, {Metric.EXACT_MATCH, Metric.ROUGE})[:-1]
+        assert [one.reading for one in (*labels, *texts)] == [reading.replace("better", word)] * 6
+        if word == "better":
+            assert verdict([gain, *labels])["reading"] == verdict([gain, *texts])["reading"] == said
+
+
+def test_answers_that_came_nearer_count_less_those_that_went_away() -> None:
+    base, each = np.full(20, 50.0), np.ones(20)
+    change = np.array([40.0] * 9 + [-1.0] * 4 + [0.0] * 7)
+    near = Measure(name="rougeL", label="ROUGE-L", unit="%", higher_is_better=True)
+    assert near.compare(base, base + change, each).reading == "no clear change", "9 - 4 are fewer than six"
+    assert near.compare(base, base - change, each).reading == "no clear change"
+    change[9] = 0
+    assert near.compare(base, base + change, each).reading == "better"
+    assert near.compare(base, base - change, each).reading == "worse"
+    few = np.array([40.0] * 4 + [0.0] * 16)
+    margin = Measure(name="margin", label="margin", higher_is_better=True)
+    assert margin.compare(base, base + few, each).reading == "better", "it is no share"
+
+
+def test_macro_f1_is_no_better_where_as_many_answers_are_right_as_before() -> None:
+    """Twelve of "rare" became right and twelve of "often" wrong."""
+    expected = ["often"] * 100 + ["rare"] * 12
+    accuracy, macro = label_metrics(
+        Labels.of(["often", "rare"], expected, ["often"] * 112, ["rare"] * 12 + expected[12:])
+    )
+    assert (accuracy.change, accuracy.reading) == (0, "no clear change")
+    assert macro.change > 30 and macro.reading == "no clear change"
 
 
 def test_rows_weigh_by_their_tokens() -> None:
@@ -484,6 +533,73 @@ def test_labels_said_as_text_are_compared_with_a_rule_by_the_form_of_the_questio
     assert (against.label, against.cases) == ("labels right, against the last sign alone", 24)
     assert (against.base, against.tuned, against.reading) == (87.5, found["accuracy"].tuned, "worse")
     assert against.tuned < 87.5
+
+
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "texts"])
+def test_what_judges_is_measured_as_if_rows_that_resemble_others_were_not_held_out(
+    start: Callable[..., Start], tmp_path: Path, tiny_model: Path, labelled: bool
+) -> None:
+    """Each measure of the other rows is that of an evaluation to which nobody gave the 9 of 40."""
+    draw, words, seen = random.Random(8), ["pump", "valve", "leak", "door", "belt"], (1, 3, 4, 8, 13, 20, 21, 30, 37)
+
+    def row(n: int) -> list[tuple[str, str]]:
+        asked = " ".join([str(draw.randrange(10**6)), *draw.choices(words, k=6)])
+        same = f"{asked} again" if n % 3 else "no idea"
+        return [(f"Correct: {asked}", ("old", "new")[n % 2] if labelled else same)]
+
+    rows = [row(n) for n in range(120)]
+    held_out, precision = rows[80:], choose_precision("cpu", "float32")
+    left = [talk for n, talk in enumerate(held_out, start=1) if n not in seen]
+    tokenizer, train = load_tokenizer(str(tiny_model), None), conversations(tmp_path / "train.jsonl", rows[:80])
+    asked = {"samples": 40, "max_new_tokens": 6, "metrics": ["loss", "exact_match", "rouge", "labels"]}
+    measured = []
+    for name, some in (("every", held_out), ("left", left)):
+        file = conversations(tmp_path / f"{name}.jsonl", some)
+        order = start(dataset={"path": str(train), "eval_path": str(file)}, evaluation=asked)
+        torch.manual_seed(1)
+        model = add_adapter(load_base(str(tiny_model), Method.LORA, "cpu", precision), order.spec, Method.LORA)
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        data = prepare_rows(order, order.spec, tokenizer)
+        numbers = [example.number for example in data.held_out.examples]
+        assert len(numbers) == len(some), "no row is dropped"
+        away = tuple(numbers[n - 1] for n in seen) if some is held_out else ()
+        data = replace(data, held_out=replace(data.held_out, given_away=away))
+        learner = Learner(model=model, tokenizer=tokenizer, precision=precision)
+        found = evaluate(EvaluationTask(learner=learner, data=data, spec=order.spec, check_stop=lambda: None))
+        measured.append({one.name: one for one in found.metrics})
+    both, alone = measured
+    apart = {name.removeprefix("new_rows_"): one for name, one in both.items() if name.startswith("new_rows_")}
+    expected = {"answer_tokens", "cheap_loss", "cheap_accuracy", "accuracy", "macro_f1"}
+    texts = {"rougeL", "cheap_rougeL", "copied_rougeL", "copied_exact_match", "expected_tokens", "ends_by_itself"}
+    assert apart.keys() >= {"loss", "exact_match", *(expected if labelled else texts)}
+    shots = {name for name in apart if name.startswith("few_shot_")}  # of other rows: the first 24
+    assert shots and all(apart[name].cases == 24 - 7 for name in shots)
+    for name in apart.keys() - shots - {"words_loss"}:
+        one, other = apart[name], alone[name]
+        assert one.cases == other.cases == 31
+        assert (one.base, one.tuned, one.low, one.high) == pytest.approx(
+            (other.base, other.tuned, other.low, other.high), rel=1e-4, abs=1e-4
+        )
+
+
+def test_more_answers_may_be_sampled_than_rows_are_scored(
+    start: Callable[..., Start], tmp_path: Path, tiny_model: Path
+) -> None:
+    """The copied answers looked for the sampled rows among the scored ones, and the evaluation ended the job."""
+    talks = [[(f"Correct: item {n} of {n * 7}", f"item {n} of {n * 7}.")] for n in range(30)]
+    files = [
+        conversations(tmp_path / f"{name}.jsonl", some) for name, some in (("train", talks[:18]), ("held", talks[18:]))
+    ]
+    asked = {"samples": 12, "max_rows": 10, "max_new_tokens": 2}
+    order = start(dataset={"path": str(files[0]), "eval_path": str(files[1])}, evaluation=asked)
+    tokenizer, precision = load_tokenizer(str(tiny_model), None), choose_precision("cpu", "float32")
+    model = add_adapter(load_base(str(tiny_model), Method.LORA, "cpu", precision), order.spec, Method.LORA)
+    learner = Learner(model=model, tokenizer=tokenizer, precision=precision)
+    data = prepare_rows(order, order.spec, tokenizer)
+    found = evaluate(EvaluationTask(learner=learner, data=data, spec=order.spec, check_stop=lambda: None))
+    assert next(one.cases for one in found.metrics if one.name == "copied_exact_match") == 12
 
 
 WEIGHTS = Path("result") / "adapter" / "adapter_model.safetensors"

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loractl.common.data.examples import Example
 from loractl.common.verdict import BADGES, MeasuredChange, decimals, noticeable, written
 from loractl.scheduler.cli.screen import Screen
 from loractl.scheduler.report.text import report_text
-from loractl.worker.evaluation.comparison import Compared
+from loractl.worker.evaluation.cheap import cheap_metrics
+from loractl.worker.evaluation.comparison import Compared, Labels, label_metrics, with_new_rows
 from loractl.worker.evaluation.dialogue import CONTEXT_GAIN
 from loractl.worker.evaluation.report import render_html, verdict
 from loractl.worker.evaluation.row_losses import RowScores, loss_metrics
@@ -235,6 +237,50 @@ def test_both_losses_are_measured_where_some_rows_are_given_away() -> None:
     assert (new.name, new.cases, new.base, new.tuned) == ("new_rows_loss", 2, 2.5, 2.5)
     for none in (np.zeros(4, bool), np.ones(4, bool), None):
         assert [m.name for m in loss_metrics(base, tuned, set(), stops=False, given_away=none)] == ["loss"]
+
+
+def test_memory_of_most_rows_makes_no_gain_on_the_others() -> None:
+    """60 of 100 rows known by heart, and a coin for the other 40, where saying yes and no as often is as good."""
+    rng, rows, seen = np.random.default_rng(0), 100, np.arange(100) < 60
+    expected, coin = ["yes", "no"] * 50, rng.permutation([True] * 20 + [False] * 20)
+    right = np.concatenate([np.full(60, True), coin])
+    tuned = [label if hit else "?" for label, hit in zip(expected, right, strict=True)]
+    labels = Labels.of(["yes", "no"], expected, ["?", *expected[1:50], *["?"] * 50], tuned)
+    ones = np.ones(rows)
+    scores = [
+        RowScores(loss=loss + stop, tokens=2 * ones, stop_loss=stop, stops=ones, right=ones)
+        for loss, stop in (
+            (rng.uniform(1.5, 2.5, rows), rng.uniform(0.5, 1, rows)),
+            (np.where(seen, 0.02, np.where(right, 0.5, 0.95)), np.full(rows, 0.001)),
+        )
+    ]
+    examples = [Example(number=n, prompt="q ", text=f"q {label}") for n, label in enumerate(expected)]
+
+    def measures(some: np.ndarray) -> list[Compared]:
+        found, of = labels.among(some), [example for example, one in zip(examples, some, strict=True) if one]
+        return label_metrics(found) + cheap_metrics(of, {"yes": 0.5, "no": 0.5}, scores[1].among(some), found)
+
+    every = measures(np.full(rows, True))
+    losses = loss_metrics(*scores, set(), stops=True, given_away=seen)
+    apart = verdict([*losses, *with_new_rows(every, measures(~seen))], given_away=60)
+    alone = loss_metrics(scores[0].among(~seen), scores[1].among(~seen), set(), stops=True) + measures(~seen)
+    assert verdict([*losses, *every], given_away=60)["reading"] == "better", "by heart"
+    assert (apart["reading"], apart["sentence"]) == ("no_better_than_cheap", verdict(alone)["sentence"])
+    assert apart["aside"].endswith("the verdict is of the other 40.")
+
+
+def test_the_loss_without_the_stop_token_is_measured_apart_where_either_is_not_better() -> None:
+    """The 20 rows known by heart lost on every token, the other 30 on the stop token alone."""
+    seen, ones = np.arange(50) < 20, np.ones(50)
+    base, tuned = (
+        RowScores(loss=words + stop + np.linspace(-0.1, 0.1, 50), tokens=11 * ones, stop_loss=stop * ones, stops=ones,
+                  right=ones)
+        for words, stop in ((10 * ones, 5.0), (np.where(seen, 1.0, 10.0), 1.0))
+    )  # fmt: skip
+    found = {metric.name: metric.reading for metric in loss_metrics(base, tuned, set(), stops=True, given_away=seen)}
+    assert (found["words_loss"], found["new_rows_words_loss"]) == ("better", "no clear change")
+    said = verdict(loss_metrics(base, tuned, set(), stops=True, given_away=seen))
+    assert (said["reading"], said["why"]) == ("better_by_loss", "it learned to end its answers")
 
 
 @pytest.mark.parametrize(

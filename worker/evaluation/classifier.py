@@ -21,7 +21,7 @@ from loractl.worker.data.token_rows import collate, inputs_of
 from loractl.worker.data.tokens import TokenRow
 
 from .cheap import form_metrics
-from .comparison import Array, Labels, label_metrics
+from .comparison import Array, Compared, Labels, Mask, judged_apart, label_metrics, with_new_rows
 from .evaluation import Evaluation, EvaluationTask, counter
 from .row_losses import LOSS, NEW_ROWS_LOSS
 
@@ -50,13 +50,20 @@ def evaluate_classifier(task: EvaluationTask) -> Evaluation:
         tuned=logits.argmax(1).tolist(),
     )
     wanted, each = Metric.LABELS in spec.evaluation.metrics, np.ones(len(rows))
-    given_away = np.isin([row.number for row in rows], data.held_out.given_away)
+    numbers = np.array([row.number for row in rows])
+    given_away = np.isin(numbers, data.held_out.given_away)
     metrics = [LOSS.compare(*losses, each)]
     if given_away.any() and not given_away.all():
         new = ~given_away
         metrics.append(NEW_ROWS_LOSS.compare(losses[0][new], losses[1][new], each[new]))
+
+    def measured(some: Mask) -> list[Compared]:
+        part = labels.among(some)
+        return [*label_metrics(part), *form_metrics(data.held_out.rule, numbers[some].tolist(), part)]
+
     if wanted:
-        metrics += [*label_metrics(labels), *form_metrics(data.held_out.rule, [row.number for row in rows], labels)]
+        parts = [np.ones_like(given_away), *([~given_away] if judged_apart(given_away) else [])]
+        metrics += with_new_rows(*map(measured, parts))
     return Evaluation(
         metrics=metrics,
         answers=[],

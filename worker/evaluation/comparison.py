@@ -7,19 +7,22 @@ to a held-out row that expects some other text.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from loractl.common.verdict import MeasuredChange
+from loractl.common.verdict import MIN_NEW, NEW_ROWS, MeasuredChange
 
 BOOTSTRAP_SAMPLES = 10_000
 BOOTSTRAP_SEED = 7
 MIN_TURNED = 6
-"""Minimum net number of cases that became right, or wrong. Fewer all turn the same way by chance more than 5 % of the
-time (a sign test, on both sides), and the bootstrap does not see that: its samples of few cases are too alike."""
+"""Minimum net number of cases that became right, or wrong, or in which a percentage rose, or fell. Fewer all turn the
+same way by chance more than 5 % of the time (a sign test, on both sides), and the bootstrap does not see that: its
+samples of few cases are too alike."""
 
 _DRAWS_AT_ONCE = 100  # keeps a hundred thousand rows within 80 MB
 
@@ -66,6 +69,18 @@ class Compared(MeasuredChange):
     own: bool = False  # defined by the job file
     decides: bool = False  # the job's evaluation.decide_by
 
+    def borne_by(self, turned: int) -> Self:
+        """This change; its interval reaches zero if fewer than MIN_TURNED cases bear it. `turned`: the cases that rose
+        less those that fell."""
+        if turned * math.copysign(1, self.change) >= MIN_TURNED:
+            return self
+        return replace(self, low=min(self.low, 0.0), high=max(self.high, 0.0))
+
+    def without_cases(self) -> Self:
+        """The same measure, of nothing."""
+        none = math.nan
+        return replace(self, cases=0, unmeasured=0, base=none, tuned=none, change=none, low=none, high=none)
+
     def as_json(self) -> dict[str, Any]:
         """What MeasuredChange has, and the fields below under their own names, `own` and `decides` only if true;
         `change`: tuned less base; `reading`: better, worse, no clear change or not known."""
@@ -85,11 +100,13 @@ class Measure:
     def compare(
         self, base: Array, tuned: Array, weight: Array, transform: Callable[[Array], Array] = lambda x: x
     ) -> Compared:
-        """A sum over rows divided by a sum of weights; rows without weight are not cases."""
+        """A sum over rows divided by a sum of weights; rows without weight are not cases. A percentage's interval
+        reaches zero if fewer than MIN_TURNED cases turned."""
         cases = weight > 0
         unmeasured = int((cases & ~(np.isfinite(base) & np.isfinite(tuned))).sum())
         numbers = paired_interval(base, tuned, weight, transform)
-        return self.compared(int(cases.sum()), *numbers, unmeasured=unmeasured)
+        found = self.compared(int(cases.sum()), *numbers, unmeasured=unmeasured)
+        return found.borne_by(int((tuned > base).sum() - (tuned < base).sum())) if self.unit == "%" else found
 
     def compared(
         self, cases: int, base: float, tuned: float, low: float, high: float, *, unmeasured: int = 0
@@ -107,12 +124,34 @@ def percent(name: str, label: str) -> Measure:
 
 
 def compare_shares(name: str, label: str, base: list[bool], tuned: list[bool]) -> Compared:
-    """The share of rows that each gets right, in percent. The interval reaches zero if fewer than MIN_TURNED turned."""
+    """The share of rows that each gets right, in percent."""
     before, after = (100 * np.array(right, float) for right in (base, tuned))
-    found = percent(name, label).compare(before, after, np.ones(len(base)))
-    if abs(sum(tuned) - sum(base)) >= MIN_TURNED:
-        return found
-    return replace(found, low=min(found.low, 0.0), high=max(found.high, 0.0))
+    return percent(name, label).compare(before, after, np.ones(len(base)))
+
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+def judged_apart(given_away: Mask) -> bool:
+    """Whether rows to train on give away some of the rows, and leave enough others to judge by."""
+    return bool(given_away.any() and (~given_away).sum() >= MIN_NEW)
+
+
+def with_new_rows(every: list[Compared], new: list[Compared] | None = None) -> list[Compared]:
+    """Measures of all rows, each followed by that of `new`, the rows that no row to train on gives away, if its cases
+    are others. What was not measured on these has no case there."""
+    if new is None:
+        return every
+    apart = {metric.name: metric for metric in new}
+    found = list[Compared]()
+    for metric in every:
+        other = apart.pop(metric.name, None) or metric.without_cases()
+        found += [metric] if other.cases == metric.cases else [metric, _of_new_rows(other)]
+    return [*found, *map(_of_new_rows, apart.values())]
+
+
+def _of_new_rows(metric: Compared) -> Compared:
+    return replace(metric, name=f"{NEW_ROWS}{metric.name}", label=f"{metric.label}, rows like none that is trained on")
 
 
 OTHER = "other"
@@ -139,6 +178,11 @@ class Labels:
 
         said = {"expected": places(expected), "base": places(base), "tuned": places(tuned)}
         return cls(names=[*names, OTHER], other=len(names), **said)
+
+    def among(self, rows: Mask) -> Labels:
+        """Those of some rows."""
+        expected, base, tuned = (list(itertools.compress(of, rows)) for of in (self.expected, self.base, self.tuned))
+        return replace(self, expected=expected, base=base, tuned=tuned)
 
     def right(self, answers: Sequence[int]) -> list[bool]:
         """For each row, whether the answer is its expected label."""
@@ -175,11 +219,10 @@ class Labels:
 
 
 def label_metrics(labels: Labels) -> list[Compared]:
-    """Accuracy and macro F1."""
-    return [
-        compare_shares("accuracy", "labels right", labels.right(labels.base), labels.right(labels.tuned)),
-        MACRO_F1.compared(len(labels.expected), *labels.macro_f1()),
-    ]
+    """Accuracy and macro F1, which follows the same answers and is as certain only if more of them turned."""
+    base, tuned = labels.right(labels.base), labels.right(labels.tuned)
+    macro = MACRO_F1.compared(len(labels.expected), *labels.macro_f1())
+    return [compare_shares("accuracy", "labels right", base, tuned), macro.borne_by(sum(tuned) - sum(base))]
 
 
 def labels_taught(shares: Mapping[str, float] | None) -> list[str]:

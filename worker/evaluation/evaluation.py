@@ -7,9 +7,10 @@ box with the same base and held-out rows, like those of a sweep, the base is mea
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ from loractl.worker.data.tokens import TokenRow, unlearned
 from .answers import Answer, OwnScores, Prompt, answer_metrics, length_metrics, own_scores, prompts_of, side_by_side
 from .base_measurements import BaseMeasurements, EarlierMeasurement, MeasuredModel
 from .cheap import Shots, cheap_metrics, copied_metrics, form_metrics, frequent_metrics, shots_metrics
-from .comparison import Compared, Labels, Measure, label_metrics, labels_taught
+from .comparison import Compared, Labels, Mask, Measure, judged_apart, label_metrics, labels_taught, with_new_rows
 from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
 from .harness import Benchmarks
 from .row_losses import RowScores, end_ids, generate, loss_metrics, score_rows
@@ -85,36 +86,21 @@ def evaluate(task: EvaluationTask) -> Evaluation:
     work = Work.of(data, spec, learner.tokenizer, positions)
     work = work.with_shots(data, spec, learner.tokenizer, positions or made_for)
     base, tuned, earlier = measure_both(task, work)
-    answers = side_by_side(work.prompts, base.texts, tuned.texts)
-    labels = None
-    if work.labelled:
-        said = ([text for text, _ in measured.labels] for measured in (base, tuned))
-        labels = Labels.of(work.labels, [prompt.expected for prompt in work.labelled], *said)
-    own = own_scores(answers, spec.evaluation, frozenset(data.held_out.given_away))
-    wanted, stops = spec.evaluation.wanted, data.format is not DataFormat.TEXT
-    given_away = np.isin(work.numbers, data.held_out.given_away)
-    metrics = loss_metrics(base.rows, tuned.rows, wanted, stops=stops, given_away=given_away)
-    metrics += label_metrics(labels) if labels is not None else []
-    if data.format is not DataFormat.TEXT:
-        numbered = {example.number: example for example in data.held_out.examples[: spec.evaluation.max_rows]}
-        metrics += cheap_metrics([numbered[one] for one in work.numbers], data.answer_shares, tuned.rows, labels)
-        metrics += form_metrics(data.held_out.rule, [prompt.row for prompt in work.labelled], labels)
-    metrics += [*(one for scores in own for one in scores.metrics), *answer_metrics(answers, wanted)]
-    are_labels = data.answer_shares is not None
-    metrics += frequent_metrics(answers, spec.evaluation, labels=are_labels)
-    if not are_labels and data.format is not DataFormat.TEXT:
-        metrics += copied_metrics(answers, numbered, spec.evaluation)
-    same = side_by_side(work.labelled, base.labels, tuned.labels) or answers
-    shown = base.shots, base.shot_texts
-    metrics += shots_metrics(work.shots, *shown, work.numbers, tuned.rows, same, spec.evaluation, work.labels)
-    metrics += length_metrics(answers, learner.tokenizer, spec.evaluation.max_new_tokens)
+    judged, seen = Judged.of(work, base, tuned), frozenset(data.held_out.given_away)
+    own = own_scores(judged.answers, spec.evaluation, seen)
+    stops, given_away = data.format is not DataFormat.TEXT, np.isin(work.numbers, data.held_out.given_away)
+    parts = [judged, judged.without(seen)] if judged_apart(given_away) else [judged]
+    metrics = loss_metrics(base.rows, tuned.rows, spec.evaluation.wanted, stops=stops, given_away=given_away)
+    metrics += with_new_rows(*(_label_metrics(task, part) for part in parts))
+    metrics += [one for scores in own for one in scores.metrics]
+    metrics += with_new_rows(*(_answer_metrics(task, part) for part in parts))
     metrics += turn_metrics(work.turns, (base.whole, tuned.whole), (base.alone, tuned.alone))
     if work.regression:
         before, after = base.regression, tuned.regression
         metrics.append(REGRESSION_LOSS.compare(before.loss, after.loss, before.tokens))
     return Evaluation(
         metrics=metrics,
-        answers=answers,
+        answers=judged.answers,
         rows=len(work.numbers),
         seconds=time.monotonic() - began,
         row_losses=[
@@ -124,12 +110,92 @@ def evaluate(task: EvaluationTask) -> Evaluation:
             )
         ],
         own=own,
-        labels=labels,
+        labels=judged.labels,
         given_away=int(given_away.sum()),
         turns=by_turn(work.turns, base.whole, tuned.whole),
         base_measured=earlier,
         cheap=work.shots.told,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What base and tuned made of some held-out rows, by which they are judged beside the loss."""
+
+    numbers: list[int]
+    tuned: RowScores  # of these rows
+    answers: list[Answer]
+    names: list[str]  # the labels, if answers are labels
+    labelled: list[Answer]  # then to all rows
+    shots: Shots
+    shot_scores: RowScores  # the base's, by example
+    shot_texts: list[tuple[str, bool]]  # and by prompt
+
+    @classmethod
+    def of(cls, work: Work, base: MeasuredModel, tuned: MeasuredModel) -> Judged:
+        return cls(
+            numbers=work.numbers,
+            tuned=tuned.rows,
+            answers=side_by_side(work.prompts, base.texts, tuned.texts),
+            names=work.labels,
+            labelled=side_by_side(work.labelled, base.labels, tuned.labels),
+            shots=work.shots,
+            shot_scores=base.shots,
+            shot_texts=base.shot_texts,
+        )
+
+    def without(self, left_out: Collection[int]) -> Judged:
+        """The rest, if rows of these numbers are left out."""
+
+        def kept(numbers: Iterable[int]) -> Mask:
+            return np.array([number not in left_out for number in numbers], bool)
+
+        shots = self.shots
+        return replace(
+            self,
+            numbers=[number for number in self.numbers if number not in left_out],
+            tuned=self.tuned.among(kept(self.numbers)),
+            answers=[answer for answer in self.answers if answer.row not in left_out],
+            labelled=[answer for answer in self.labelled if answer.row not in left_out],
+            shots=replace(
+                shots,
+                rows=tuple(row for row in shots.rows if row.number not in left_out),
+                prompts=tuple(prompt for prompt in shots.prompts if prompt.row not in left_out),
+            ),
+            shot_scores=self.shot_scores.among(kept(dict.fromkeys(row.number for row in shots.rows))),
+            shot_texts=list(itertools.compress(self.shot_texts, kept(prompt.row for prompt in shots.prompts))),
+        )
+
+    @property
+    def labels(self) -> Labels | None:
+        """None if answers are no labels."""
+        if not self.labelled:
+            return None
+        said = ([getattr(answer, side) for answer in self.labelled] for side in ("expected", "base", "tuned"))
+        return Labels.of(self.names, *said)
+
+
+def _label_metrics(task: EvaluationTask, judged: Judged) -> list[Compared]:
+    """Labels, and what the tuned model is if nothing but their shares or the questions' form tells them."""
+    data, labels = task.data, judged.labels
+    metrics = label_metrics(labels) if labels is not None else []
+    if data.format is DataFormat.TEXT:
+        return metrics
+    numbered = {example.number: example for example in data.held_out.examples}
+    metrics += cheap_metrics([numbered[one] for one in judged.numbers], data.answer_shares, judged.tuned, labels)
+    return metrics + form_metrics(data.held_out.rule, [answer.row for answer in judged.labelled], labels)
+
+
+def _answer_metrics(task: EvaluationTask, judged: Judged) -> list[Compared]:
+    """Generated answers, next to the base's and to cheap ones."""
+    data, asked, answers = task.data, task.spec.evaluation, judged.answers
+    are_labels = data.answer_shares is not None
+    metrics = [*answer_metrics(answers, asked.wanted), *frequent_metrics(answers, asked, labels=are_labels)]
+    if not are_labels and data.format is not DataFormat.TEXT:
+        metrics += copied_metrics(answers, {example.number: example for example in data.held_out.examples}, asked)
+    shown, same = (judged.shots, judged.shot_scores, judged.shot_texts), judged.labelled or answers
+    metrics += shots_metrics(*shown, judged.numbers, judged.tuned, same, asked, judged.names)
+    return metrics + length_metrics(answers, task.learner.tokenizer, asked.max_new_tokens)
 
 
 def measure_both(task: EvaluationTask, work: Work) -> tuple[MeasuredModel, MeasuredModel, EarlierMeasurement | None]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from loractl.common.job.sections import Metric
@@ -16,7 +15,7 @@ from loractl.worker.base.model import Scorer, positions_of
 from loractl.worker.data.token_rows import collate
 from loractl.worker.data.tokens import IGNORED, TokenRow
 
-from .comparison import Array, Compared, Measure, percent
+from .comparison import Array, Compared, Mask, Measure, judged_apart, percent, with_new_rows
 
 LOSS = Measure(name="loss", label="loss")
 NEW_ROWS_LOSS = Measure(name="new_rows_loss", label="loss, rows like none that is trained on")
@@ -36,6 +35,10 @@ class RowScores:
     stop_loss: Array
     stops: Array
     right: Array
+
+    def among(self, rows: Mask) -> RowScores:
+        """Those of some rows."""
+        return RowScores(**{name: values[rows] for name, values in vars(self).items()})
 
 
 def score_rows(
@@ -112,28 +115,38 @@ def loss_metrics(
     wanted: set[Metric],
     *,
     stops: bool,
-    given_away: npt.NDArray[np.bool_] | None = None,
+    given_away: Mask | None = None,
 ) -> list[Compared]:
     """The loss, and what else the job asks for; `stops`: whether rows have an end that can be learned.
 
     `given_away`: by example, whether a row to train on gives it away; the loss of the others is reported, too. So is
     the loss of all tokens but the stop token, where the gain is one of that token alone.
     """
-    metrics = [LOSS.compare(base.loss, tuned.loss, base.tokens)]
-    if given_away is not None and given_away.any() and not given_away.all():
+    losses = [LOSS.compare(base.loss, tuned.loss, base.tokens)]
+    given_away = np.zeros(len(base.loss), bool) if given_away is None else given_away
+    if given_away.any() and not given_away.all():
         new = ~given_away
-        metrics.append(NEW_ROWS_LOSS.compare(base.loss[new], tuned.loss[new], base.tokens[new]))
+        losses.append(NEW_ROWS_LOSS.compare(base.loss[new], tuned.loss[new], base.tokens[new]))
+    metrics = [*losses]
     if Metric.PERPLEXITY in wanted:
         metrics.append(PERPLEXITY.compare(base.loss, tuned.loss, base.tokens, np.exp))
     if Metric.TOKEN_ACCURACY in wanted:
         metrics.append(TOKEN_ACCURACY.compare(100 * base.right, 100 * tuned.right, base.tokens))
     if stops and base.stops.sum() > 0:
         metrics.append(STOP_TOKEN_LOSS.compare(base.stop_loss, tuned.stop_loss, base.stops))
-        before, after = base.loss - base.stop_loss, tuned.loss - tuned.stop_loss
-        words = WORDS_LOSS.compare(before, after, base.tokens - base.stops)
-        if metrics[0].reading == "better" and words.cases and words.reading != "better":
-            metrics.append(words)
+        parts = [(base, tuned)]
+        if judged_apart(given_away):
+            parts.append((base.among(~given_away), tuned.among(~given_away)))
+        words = with_new_rows(*([_without_stop_token(*part)] for part in parts))
+        pairs = zip(losses, words, strict=False)  # too few rows to judge by have a loss alone
+        if any(loss.reading == "better" and rest.cases and rest.reading != "better" for loss, rest in pairs):
+            metrics += words
     return metrics
+
+
+def _without_stop_token(base: RowScores, tuned: RowScores) -> Compared:
+    before, after = base.loss - base.stop_loss, tuned.loss - tuned.stop_loss
+    return WORDS_LOSS.compare(before, after, base.tokens - base.stops)
 
 
 def generate(

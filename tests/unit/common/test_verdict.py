@@ -331,3 +331,83 @@ def test_answers_are_sorted_by_the_measure_that_decides() -> None:
     groups = [(key, len(some)) for key, _, some in answer_groups(answers)]
     assert groups == [("repaired", 1), ("broken", 0), ("wrong", 0), ("right", 1), ("unscored", 1)]
     assert [key for key, *_ in answer_groups([wrong])] == ["repaired", "broken", "wrong", "right"]
+
+
+def twin(metric: dict[str, Any]) -> dict[str, Any]:
+    """A measure of the rows that resemble none to train on, as a report has it."""
+    kept = {key: value for key, value in metric.items() if key not in ("own", "decides")}
+    return {**kept, "name": f"new_rows_{metric['name']}", "label": f"{metric['label']}, rows like none"}
+
+
+def share(name: str, base: float, tuned: float, spread: float, cases: int = 100) -> dict[str, Any]:
+    return {**decided(base, tuned, spread, cases), "name": name, "label": name, "own": False, "decides": False}
+
+
+KNOWN, NEW_LOSS = measure("loss", 1.40, 0.15, 0.05, 100), measure("loss", 1.38, 0.36, 0.05, 40)
+TOLD_APART = "60 of 100 held-out rows resemble rows to train on; the verdict is of the other 40."
+
+
+def of_100(*metrics: dict[str, Any]) -> ReportVerdict:
+    """Of 100 rows, 60 resemble rows to train on."""
+    return report_verdict([KNOWN, twin(NEW_LOSS), *metrics], given_away=60)
+
+
+def test_answers_and_cheap_ones_are_those_to_the_rows_that_the_verdict_is_of() -> None:
+    """60 rows known by heart, and chance on the other 40, where the shares of the labels do as well."""
+    right, cheap = share("accuracy", 49, 80, 12), measure("cheap_loss", 0.35, 0.15, 0.03, 100)
+    cheap_right = share("cheap_accuracy", 50, 80, 12)
+    memory = [right, twin(share("accuracy", 45, 50, 20, 40)), cheap, twin(measure("cheap_loss", 0.35, 0.36, 0.03, 40))]
+    found = of_100(*memory, cheap_right, twin(share("cheap_accuracy", 50, 50, 17, 40)))
+    assert (found.reading, found.aside) == ("no_better_than_cheap", TOLD_APART)
+    assert found.sentence == (
+        "No better than a cheap answer: the labels' shares alone have loss 0.35; held-out loss 1.38 -> 0.36."
+    )
+    found = of_100(*memory[:2])
+    assert found.reading == "better_by_loss" and found.sentence == (
+        "Better by loss only: no clear change of the answers; held-out loss 1.38 -> 0.36; accuracy 45.0 -> 50.0."
+    )
+    assert of_100(right, twin(share("accuracy", 45, 90, 20, 40))).reading == "better"
+    worse = of_100(right, twin(share("accuracy", 80, 50, 20, 40)))
+    assert (worse.reading, worse.why) == ("cant_be_judged", "better loss, worse answers")
+    assert of_100(right, cheap).reading == "better", "a report of before has no others"
+
+
+@pytest.mark.parametrize(
+    ("left", "why"),
+    [(5, "5 answers are too few to say"), (1, "1 answer is too few to say"), (0, "no answers were measured")],
+)
+def test_too_few_answers_to_the_other_rows_say_nothing(left: int, why: str) -> None:
+    unknown = dict.fromkeys(("base", "tuned", "change", "low", "high"))
+    few = {**share("exact_match", 0, 60, 20, left), **({} if left else unknown)}
+    shown = {**share("few_shot_exact_match", 50, 60, 30, left), **({} if left else unknown)}
+    found = of_100(
+        share("exact_match", 0, 90, 9, 16), twin(few), share("few_shot_exact_match", 80, 80, 9, 16), twin(shown)
+    )
+    assert (found.reading, found.why, found.aside) == ("better_by_loss", why, TOLD_APART)
+
+
+def test_the_end_and_the_length_are_those_of_answers_to_the_other_rows() -> None:
+    short = measure("expected_tokens", 40, 30, 4, 60), twin(measure("expected_tokens", 40, 9, 4, 24))
+    closer = {**CLOSER, "cases": 60}, twin({**CLOSER, "cases": 24})
+    assert of_100(*closer, *short).why == "its answers are too short, 9 tokens where 40 are expected"
+    words = measure("words_loss", 1.2, 0.1, 0.1, 100), twin(measure("words_loss", 1.2, 1.19, 0.1, 40))
+    stop = of_100(*closer, *words)
+    assert stop.why == "it learned to end its answers"
+    assert stop.sentence.endswith("; without the stop token 1.20 -> 1.19, no clear change.")
+    well = measure("words_loss", 1.2, 1.19, 0.1, 100), twin(measure("words_loss", 1.2, 0.1, 0.1, 40))
+    assert (of_100(*closer, *well).reading, of_100(*closer, *well).aside) == ("better", TOLD_APART)
+
+
+def test_a_deciding_measure_s_cheap_answers_are_to_the_rows_that_it_is_judged_on() -> None:
+    own, beaten = decided(10, 60, 8, 100), share("cheap_gsm8k", 30, 60, 9)
+    as_good = twin(share("cheap_gsm8k", 34, 35, 9, 40))
+    assert of_100(own, twin(decided(10, 35, 8, 40)), beaten).reading == "better"
+    found = of_100(own, twin(decided(10, 35, 8, 40)), beaten, as_good)
+    assert (found.reading, found.why) == (
+        "no_better_than_cheap",
+        "the most frequent answer alone has cheap_gsm8k 34.0 %",
+    )
+    few = of_100(decided(10, 60, 8, 40), twin(decided(10, 35, 8, 25)), beaten, as_good)
+    assert few.reading == "better" and "the other 25 are too few" in few.why, "it is judged on all, they as well"
+    worse = twin(share("cheap_gsm8k", 60, 35, 9, 40))
+    assert "cheap" not in of_100(decided(10, 60, 8, 40), twin(decided(10, 35, 8, 25)), beaten, worse).aside
