@@ -163,6 +163,7 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
             warn_of_unknown_user(store, user)
             click.echo("No such job waits." if queued else "No such job waits or runs.")
 
+    cancelled = functools.partial(store.jobs.cancel_open, user=settings.user, waiting=queued)
     tried: set[int] = set()
     became: dict[int, Status] = {}
 
@@ -171,8 +172,8 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
             some = job_ids[(first := job_ids.index(job_id)) : first + AT_ONCE]
             tried.update(some)
             with contextlib.suppress(JobNotFound, NotYours, WrongState):  # below, each is asked for and told alone
-                became.update((job.job_id, job.status) for job in store.jobs.cancel_open(some, settings.user))
-        _tell(store, job_id, became.get(job_id) or store.jobs.cancel(job_id, settings.user).status)
+                became.update((job.job_id, job.status) for job in cancelled(some))
+        _tell(store, job_id, became.get(job_id) or store.jobs.cancel(job_id, settings.user, waiting=queued).status)
 
     if with_followers:  # the last first, so that none starts in between
         members = [] if sweep_id is None else [member.job_id for member in store.sweeps.get(sweep_id).members]

@@ -195,13 +195,15 @@ _TRIES = 5
 """Give up on a row that others change each time before we can."""
 
 
-def cancel(tx: Transaction, job_id: int, user: str) -> Job:
-    """Cancel a waiting job now, or ask a running one's trainer to stop.
+def cancel(tx: Transaction, job_id: int, user: str, *, waiting: bool = False) -> Job:
+    """Cancel a waiting job now, or ask a running one's trainer to stop. `waiting`: only if it still waits.
 
-    Raises JobNotFound, WrongState when it has ended.
+    Raises JobNotFound, WrongState when it has ended, or has started.
     """
     for _ in range(_TRIES):
         job = read_job(tx, job_id)
+        if job.status is Status.RUNNING and waiting:
+            raise WrongState(f"job {job_id} has started meanwhile", f"loractl cancel {job_id} stops it, too")
         if job.status is Status.RUNNING:
             if (asked := change_row(tx, job, "cancel", {}, user)) is not None:
                 return asked
@@ -230,17 +232,17 @@ def read_open_members(tx: Transaction, sweep_id: int) -> list[int]:
     return job_ids
 
 
-def cancel_open(tx: Transaction, job_ids: Sequence[int], user: str) -> list[Job]:
-    """Cancel those of these jobs that have not ended. Raises JobNotFound."""
-    return [job for job_id in job_ids if (job := _cancel_if_open(tx, job_id, user)) is not None]
+def cancel_open(tx: Transaction, job_ids: Sequence[int], user: str, *, waiting: bool = False) -> list[Job]:
+    """Cancel those of these jobs that have not ended, or with `waiting` that still wait. Raises JobNotFound."""
+    return [job for job_id in job_ids if (job := _cancel_if_open(tx, job_id, user, waiting)) is not None]
 
 
-def _cancel_if_open(tx: Transaction, job_id: int, user: str) -> Job | None:
-    """A member may end while those before it are cancelled."""
+def _cancel_if_open(tx: Transaction, job_id: int, user: str, waiting: bool) -> Job | None:
+    """A member may end, or start, while those before it are cancelled."""
     try:
-        return cancel(tx, job_id, user)
+        return cancel(tx, job_id, user, waiting=waiting)
     except WrongState:
-        if read_job(tx, job_id).status.is_terminal:
+        if waiting or read_job(tx, job_id).status.is_terminal:
             return None
         raise
 

@@ -32,8 +32,8 @@ def test_a_job_that_ends_in_between_is_not_said_to_be_stopping(
     assert isinstance(claim, Claim) and isinstance(other, Claim) and (claim.job_id, other.job_id) == (ended, runs)
     asked = vars(JobVerbs)["cancel_open"]
 
-    def ends_at_once(self: JobVerbs, job_ids: Sequence[int], user: str) -> list[Job]:
-        jobs: list[Job] = asked.__get__(self, JobVerbs)(job_ids, user)
+    def ends_at_once(self: JobVerbs, job_ids: Sequence[int], user: str, **how: bool) -> list[Job]:
+        jobs: list[Job] = asked.__get__(self, JobVerbs)(job_ids, user, **how)
         store.attempts.finish(claim, Reason.OK, "done", Progress(), RESULT)
         return jobs
 
@@ -47,6 +47,27 @@ def test_a_job_that_ends_in_between_is_not_said_to_be_stopping(
     store.attempts.beat(other, Progress(stage=Stage.STORING))
     told = CliRunner(env=environment).invoke(cancel, [str(runs)])
     assert told.output.startswith(f"Job {runs} has ended its training: it succeeds once its result is stored")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_of_those_that_wait_one_that_starts_in_between_runs_on(
+    upgraded_home: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    environment = {"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"}
+    store = Store(connect(load_settings(environment)))
+    started, *others = (store.jobs.submit(submission()) for _ in range(count))
+    listed = vars(JobVerbs)["matching"]
+
+    def starts_then(self: JobVerbs, **asked: object) -> list[Job]:
+        jobs: list[Job] = listed.__get__(self, JobVerbs)(**asked)
+        assert isinstance(claim := take(store), Claim) and claim.job_id == started
+        return jobs
+
+    monkeypatch.setattr(JobVerbs, "matching", starts_then)
+    told = CliRunner(env=environment).invoke(cancel, ["--user", "me", "--queued"])
+    assert told.exit_code == 1 and not store.jobs.get(started).cancel_requested
+    assert told.stdout.splitlines() == [f"Job {n} is cancelled." for n in others]
+    assert "has started meanwhile" in (told.stderr or str(told.exception))
 
 
 def test_of_several_jobs_those_that_can_t_take_a_change_are_named_and_the_others_take_it(upgraded_home: Path) -> None:
@@ -138,10 +159,10 @@ def test_a_ctrl_c_among_the_followers_leaves_the_sweep_alone(
     follower = store.jobs.submit(submission(after=[members[1]]))
     asked, failing = vars(JobVerbs)["cancel"], [KeyboardInterrupt(), WrongState("it has succeeded")]
 
-    def fails(self: JobVerbs, job_id: int, user: str) -> Job:
+    def fails(self: JobVerbs, job_id: int, user: str, **how: bool) -> Job:
         if job_id == follower:
             raise failing.pop(0)
-        return asked.__get__(self, JobVerbs)(job_id, user)
+        return asked.__get__(self, JobVerbs)(job_id, user, **how)
 
     monkeypatch.setattr(JobVerbs, "cancel", fails)
     CliRunner(env=environment).invoke(cancel, ["--sweep", str(number), "--with-followers"])
