@@ -146,7 +146,7 @@ def _attention(shape: Shape, step: Step) -> Cost:
     # keys and values, once for every head
     repeated = step.padded or step.eager or not step.grouped
     k = v = q if repeated else kv
-    if shape.fused_qkv and not step.quantised and (kv == q or not repeated):
+    if shape.fused_qkv and (not step.quantised or step.wide == 2) and (kv == q or not repeated):
         v = q + 2 * kv  # a view, which keeps all of the fused layer's output
     kept = tokens * size * (q + k + v)
     if step.eager:
@@ -250,10 +250,26 @@ def loss_bytes(shape: Shape, step: Step) -> float:
         logit += 4 if step.full or step.widens else 2
     cast = (step.quantised and step.whole_rest) or step.saved_head
     head = 2 * shape.embedding if cast and step.autocast else 0
+    at_once = _chunk(step) if step.lean else step.tokens
+    worst = max(at_once * shape.vocab * logit + head, _head_gradient_bytes(shape, step, at_once))
     if step.lean:  # the last norm and its output, those that are learned from and their gradient, one chunk of logits
         size = 4 if step.full else 2
-        return step.tokens * shape.hidden * (4 + 3 * size) + _chunk(step) * shape.vocab * logit + head
-    return step.tokens * (4 * shape.hidden + shape.vocab * logit) + head
+        return step.tokens * shape.hidden * (4 + 3 * size) + worst
+    return step.tokens * 4 * shape.hidden + worst
+
+
+def _head_gradient_bytes(shape: Shape, step: Step, at_once: int) -> float:
+    """A trained head's gradient of `at_once` tokens, before it is added to that of earlier ones: in the 16 bits of its
+    product and in fp32, when the logits are gone; in fp32 alone it is made while their gradient is there."""
+    if not step.saved_head:
+        return 0
+    return 6 * shape.embedding if step.autocast else 4 * (shape.embedding + at_once * shape.vocab)
+
+
+def embedding_gradient_bytes(shape: Shape, step: Step) -> float:
+    """A trained embedding's gradient at the end of the backward pass, before it is added to that of earlier
+    micro-batches, and that of its output."""
+    return 4 * shape.embedding + step.tokens * shape.hidden * step.wide if step.saved_embedding else 0
 
 
 def evaluation_bytes(shape: Shape, spec: JobSpec, step: Step) -> float:

@@ -14,17 +14,26 @@ from loractl.common.job.method import Method, Need, Parallel
 from loractl.common.job.spec import JobSpec
 from loractl.common.units import thousands
 
-from .activations import answered_bytes, block_cost, classes, evaluation_bytes, loss_bytes, stored_bytes, stranded_bytes
+from .activations import (
+    answered_bytes,
+    block_cost,
+    classes,
+    embedding_gradient_bytes,
+    evaluation_bytes,
+    loss_bytes,
+    stored_bytes,
+    stranded_bytes,
+)
 from .config import read_shape
 from .context import CONTEXT_BYTES
 from .shape import Shape
 from .step import HEAD_CHUNK, Lengths, Stack, Step
 from .weights import (
     GATHERED_BLOCKS,
+    adapter_state_bytes,
     adapter_tensors,
     optimizer_name,
     sharded_bytes,
-    state_bytes,
     update_bytes,
     weight_bytes,
     with_head,
@@ -108,8 +117,9 @@ def plan(
     Without `lengths` every row is taken to be dataset.max_length tokens long. Raises ValueError where the stack's cards
     can't share a step's rows evenly.
 
-    The peak is the largest of four moments: the loss, the backward pass through one block, the optimizer's step, and
-    the evaluation of one held-out row (larger batches of it are halved where they don't fit).
+    The peak is the largest of five moments: the loss, the backward pass through one block, the end of the backward pass
+    if an embedding is trained, the optimizer's step, and the evaluation of one held-out row (larger batches of it are
+    halved where they don't fit).
     """
     stack = stack or Stack()
     step = Step.of(shape, spec, method, lengths, stack)
@@ -120,7 +130,7 @@ def plan(
     tensors = list(adapter_tensors(shape, spec, step.labels))
     adapter = 4 * sum(size * count for size, count in tensors)  # peft keeps them in fp32 (autocast_adapter_dtype)
     optimizer = optimizer_name(spec, method, on_gpu=stack.on_gpu)
-    state = sum(count * state_bytes(optimizer, size) for size, count in tensors)
+    state = adapter_state_bytes(optimizer, tensors)
     if stack.parallel is Parallel.SHARDED:
         sharded = sharded_bytes(shape, method, stack.cards, **form)
         weights, shared = sharded.kept, {"gathered": sharded.gathered}
@@ -178,7 +188,8 @@ class _Peak:
 
 
 def _peak(shape: Shape, step: Step, update: float) -> _Peak:
-    """The largest of three moments: the loss, one block's backward pass, and the optimizer's step of `update` bytes."""
+    """The largest of four moments: the loss, one block's backward pass, the end of the backward pass where an embedding
+    is trained, and the optimizer's step of `update` bytes."""
     blocks = [(block_cost(shape, block, step), block.count) for block in shape.blocks if block.text]
     stored = stored_bytes(shape, blocks, step)
     if step.keeps_logits:
@@ -189,13 +200,14 @@ def _peak(shape: Shape, step: Step, update: float) -> _Peak:
     # before it is recomputed.
     recomputed = step.checkpoints > 0 and (shape.layers - 1) % step.checkpoints == 0
     at_block = stored + max(cost.peak(recomputed) for cost, _ in blocks)
-    training = max(at_loss, at_block, update)
+    at_end = embedding_gradient_bytes(shape, step)
+    training = max(at_loss, at_block, at_end, update)
     forward = at_loss + answered_bytes(shape, step) + max(cost.forward for cost, _ in blocks)
     reserved = max(forward, at_block + stranded_bytes(shape, step, ends), update)
     return _Peak(
         training=training,
-        logits=ends if at_loss >= max(at_block, update) else 0,
-        update=update if update > max(at_loss, at_block) else 0,
+        logits=ends if at_loss >= max(at_block, at_end, update) else 0,
+        update=update if update > max(at_loss, at_block, at_end) else 0,
         unusable=max(0.0, reserved - training),
     )
 
@@ -231,6 +243,7 @@ def _notes(shape: Shape, step: Step, stack: Stack, optimizer: str, *, trained: i
             f"nf4, {_count(shape.other_parameters)} in {rest}" if shape.linear_parameters else f"{rest}: no nf4 here"
         )
     chunks = f", {HEAD_CHUNK} tokens at a time" if step.lean else ""
+    chunks += ", and the head's gradient" if step.saved_head else ""
     freed = "" if at_loss else ", freed before the peak"
     part = f", blocks over {stack.cards}" if stack.parallel is Parallel.SHARDED else ""
     return {

@@ -71,7 +71,7 @@ class Step:
     full: bool  # all in fp32, without autocast
     widens: bool  # products of 16-bit numbers may be made in fp32: on some processors
     saved_embedding: bool  # trained in fp32, which makes the residual stream fp32
-    saved_head: bool
+    saved_head: bool  # trained in fp32
     dora: bool
     packed: bool  # rows of several examples, kept apart by a mask
     checkpoints: int  # blocks are recomputed: each (1), every second (2), none (0)
@@ -103,8 +103,8 @@ class Step:
             wide_norms=shape.norm == "layer" and shape.linear_parameters > 0,
             full=full,
             widens=lean and stack.autocast and not full and not stack.on_gpu and stack.widens,
-            saved_embedding="embedding" in saved and not full,
-            saved_head="head" in saved and not full,
+            saved_embedding="embedding" in saved,
+            saved_head="head" in saved,
             dora=spec.lora.use_dora,
             packed=training.packing,
             length=row if texts == 1 else (lengths and lengths.text) or row // texts,

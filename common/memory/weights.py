@@ -4,9 +4,9 @@ adapter trains, and the optimizer's state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
@@ -34,20 +34,21 @@ def optimizer_name(spec: JobSpec, method: Method, *, on_gpu: bool = True) -> str
     return PLAIN if spec.training.exact else FUSED
 
 
-def state_bytes(optimizer: str, elements: int) -> int:
+def state_bytes(optimizer: str, elements: int, *, embedding: bool = False) -> int:
     """An optimizer's state for one tensor. Paged state counts in full: it is on the card while it is used.
 
     Moments: two of Adam (arXiv:1412.6980), one of Lion (2302.06675), RMSprop and Adagrad, three of AdEMAMix
-    (2409.03137); in 8 bit each has an fp32 scale a block (2110.02861).
+    (2409.03137); in 8 bit each has an fp32 scale a block (2110.02861), but those of an embedding are in 32 bit
+    (worker/engine/optimizer.py).
     """
     name = optimizer.removeprefix("paged_")
     moments = {"adamw": 2, "lion": 1, "ademamix": 3, "adagrad": 1, "rmsprop": 1}.get(name.partition("_")[0], 0)
-    if name.endswith("_8bit") and elements >= SMALLEST_8BIT:
+    if name.endswith("_8bit") and elements >= SMALLEST_8BIT and not embedding:
         return moments * (elements + 4 * -(-elements // BLOCK_8BIT))
     return 4 * moments * elements  # none of sgd without momentum; adafactor's sums are a few kilobytes (1804.04235)
 
 
-def update_bytes(optimizer: str, adapter: int, tensors: list[tuple[int, int]]) -> float:
+def update_bytes(optimizer: str, adapter: int, tensors: list[TrainedTensor]) -> float:
     """What the optimizer's step takes for itself: torch's AdamW works on all tensors at once and holds a root of the
     second moments; bitsandbytes' kernels work in place; adafactor squares one gradient after the other."""
     if optimizer == "adamw_torch":
@@ -114,24 +115,43 @@ def with_head(shape: Shape, labels: int) -> Shape:
     return replace(shape, tied=True, outside=shape.outside + labels * shape.hidden)
 
 
-def adapter_tensors(shape: Shape, spec: JobSpec, labels: int | None = None) -> Iterator[tuple[int, int]]:
-    """(elements, how often) of every trained tensor; `labels` are a classifier's."""
+class TrainedTensor(NamedTuple):
+    """Trained tensors of one size."""
+
+    elements: int
+    copies: int
+
+
+class TrainedEmbedding(TrainedTensor):
+    """Those that embed tokens: optimizers treat them in their own way."""
+
+
+def adapter_tensors(shape: Shape, spec: JobSpec, labels: int | None = None) -> Iterator[TrainedTensor]:
+    """Every trained tensor; `labels` are a classifier's."""
     r, targets = spec.lora.r, spec.lora.target_modules
     if labels:
-        yield shape.hidden * labels, 1
+        yield TrainedTensor(shape.hidden * labels, 1)
     for layer, count in shape.adapted(targets):
-        yield r * layer.inputs, count
-        yield r * layer.outputs, count
+        yield TrainedTensor(r * layer.inputs, count)
+        yield TrainedTensor(r * layer.outputs, count)
         if spec.lora.use_dora:
-            yield layer.outputs, count  # the magnitudes
+            yield TrainedTensor(layer.outputs, count)  # the magnitudes
     for name in spec.lora.modules_to_save:
-        if saved_part(name) is not None:
-            yield shape.embedding, 1
+        if part := saved_part(name):
+            yield (TrainedEmbedding if part == "embedding" else TrainedTensor)(shape.embedding, 1)
         for layer, count in shape.adapted([name]):
-            yield layer.weights + (layer.outputs if layer.bias else 0), count
+            yield TrainedTensor(layer.weights + (layer.outputs if layer.bias else 0), count)
     for block in shape.blocks:
         if block.experts and block.experts.adapted and targets == "all-linear":
-            yield block.experts.adapter_parameters(r), block.count
+            yield TrainedTensor(block.experts.adapter_parameters(r), block.count)
+
+
+def adapter_state_bytes(optimizer: str, tensors: Iterable[TrainedTensor]) -> int:
+    """An optimizer's state for all trained tensors."""
+    return sum(
+        tensor.copies * state_bytes(optimizer, tensor.elements, embedding=isinstance(tensor, TrainedEmbedding))
+        for tensor in tensors
+    )
 
 
 def saved_part(name: str) -> Literal["embedding", "head"] | None:

@@ -27,7 +27,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, aliased, column_property, ma
 from loractl.common.job.method import Method, Parallel
 from loractl.common.job.names import LATEST
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.memory.context import context_excess
+from loractl.common.memory.context import CONTEXT_BYTES, context_excess
 from loractl.common.placement.duration import UNKNOWN_S, Basis
 from loractl.common.store import columns
 from loractl.common.units import KIB, LARGEST, LAST_NUMBER, MIB
@@ -375,10 +375,14 @@ class Attempt(Base):
 
 
 def peak_of(attempt: Any) -> int:
-    """Bytes measured of an attempt's process; 0: none, or on a simulated card."""
+    """Bytes measured of an attempt's process; 0: none, or on a simulated card.
+
+    Where NVML does not show the process (in a container, in WSL), the allocator's peak and a CUDA context.
+    """
     if attempt.device_kind == "sim":
         return 0
-    return attempt.vram_process or attempt.vram_peak or 0
+    context = CONTEXT_BYTES if attempt.device_kind == "nvml" and attempt.vram_peak else 0
+    return attempt.vram_process or (attempt.vram_peak or 0) + context
 
 
 class AttemptShare(Base):

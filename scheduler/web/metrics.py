@@ -27,7 +27,7 @@ from loractl.common.job.status import BLAMED, Reason
 from loractl.common.store.database import REFUSALS
 from loractl.common.store.fleet import FleetView
 from loractl.common.store.store import Store
-from loractl.common.store.tables import Attempt
+from loractl.common.store.tables import Attempt, peak_of
 from loractl.scheduler.fleet.answer import DeviceState, Fleet, fleet_of
 
 MOST_RUNNING = 1000
@@ -64,7 +64,7 @@ class Tally:
             self.outcomes[str(run.reason or "unknown")] += 1
             if run.reason in BLAMED:
                 self.card_failures[run.node, str(run.reason)] += 1
-            peak = run.vram_process or run.vram_peak
+            peak = peak_of(run)
             if run.vram_planned and peak and run.device_kind == "nvml" and run.reason == Reason.OK:
                 self.ratios.add(peak / run.vram_planned)
 

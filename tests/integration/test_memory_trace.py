@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from loractl.common.job.method import Checkpointing, Method
 from loractl.common.job.spec import JobSpec
@@ -25,11 +25,14 @@ from loractl.common.memory.families import shape_of
 from loractl.common.memory.plan import plan
 from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, is_lean
+from loractl.common.memory.weights import PAGED
 from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner
+from loractl.worker.engine.optimizer import make_optimizer
 from loractl.worker.engine.passes.choice import forward_pass
 from loractl.worker.engine.passes.lean import LeanPass
+from loractl.worker.recipe.fit import _bytes_to_come
 from loractl.worker.recipe.traced_plan import Trace, build, trace_plan, trace_step
 
 TOLERANCE = 0.05
@@ -273,12 +276,82 @@ def test_options_are_planned_as_they_are_traced(
     assert planned == pytest.approx(trace.peak, rel=TOLERANCE if vocab < 60_000 else TOLERANCE / 2)
 
 
+def test_the_state_of_a_trained_embedding_is_planned_and_tried_in_32_bit(tmp_path: Path) -> None:
+    """bitsandbytes keeps that of all other tensors in 8 bit."""
+    sizes, asked = config("llama"), job("llama").model_dump()
+    asked["lora"]["modules_to_save"] = ["embed_tokens", "lm_head"]
+    spec = JobSpec.model_validate(asked)
+    read = real(sizes, tmp_path)
+    model = add_adapter(AutoModelForCausalLM.from_config(read, dtype=torch.float32), spec, Method.QLORA)
+    optimizer = make_optimizer(model, TrainingArguments(output_dir=str(tmp_path), optim=PAGED, use_cpu=True))
+    loop: Any = SimpleNamespace(
+        forward=SimpleNamespace(device=torch.device("cuda")),
+        optimizer=SimpleNamespace(inner=SimpleNamespace(state={})),
+        args=SimpleNamespace(optim=SimpleNamespace(value=PAGED)),
+        model=model,
+    )
+    tried = _bytes_to_come(loop)
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    kept = [tensor for state in optimizer.state.values() for name, tensor in state.items() if "qmap" not in name]
+    held = sum(tensor.nbytes for tensor in kept if torch.is_tensor(tensor))
+    assert tried == pytest.approx(held, rel=0.01)
+    assert plan(shape(sizes), spec, Method.QLORA).parts["optimizer"] == pytest.approx(held, rel=0.01)
+    assert trace_step(read, spec, Method.QLORA, TOKENS, lean=True).state == pytest.approx(held, rel=0.02)
+
+
 @pytest.mark.parametrize("family", ["phi3", "falcon"])
 @pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
 def test_a_single_row_needs_no_mask(family: str, method: Method, tmp_path: Path) -> None:
     planned, trace = compare(family, job(family, checkpointing=False, batch=1), method, tmp_path, 3000)
     above = 1.1 if family == "falcon" else 1.0  # torch 2.15 keeps less of its step than torch 2.13 does
     assert trace.peak * (1 - TOLERANCE) <= planned <= trace.peak * above * (1 + TOLERANCE)
+
+
+def test_with_nf4_too_the_values_of_a_fused_layer_keep_all_of_its_output(tmp_path: Path) -> None:
+    """Of a Phi-3 with as many keys as queries, as Phi-3 mini has them."""
+    sizes, spec = config("phi3", layers=8) | {"num_key_value_heads": 8}, job("phi3", checkpointing=False)
+    trace = trace_step(real(sizes, tmp_path), spec, Method.QLORA, TOKENS, lean=True)
+    planned = plan(shape(sizes), spec, Method.QLORA, Lengths(train=TOKENS, evaluate=1)).tensor_bytes
+    assert planned == pytest.approx(trace.peak, rel=0.02)
+
+
+ENDS = {
+    "model_type": "llama", "hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "intermediate_size": 1024, "vocab_size": 60_000, "num_hidden_layers": 2,
+}  # fmt: skip
+"""A model whose ends are larger than the logits of a chunk, as they are in real ones."""
+
+
+@pytest.mark.parametrize(
+    ("method", "saved", "training"),
+    [
+        (Method.QLORA, ["lm_head"], {}),
+        (Method.QLORA, ["embed_tokens"], {}),
+        (Method.QLORA, ["embed_tokens", "lm_head"], {"gradient_checkpointing": False}),
+        *(
+            pytest.param(method, [end], training, marks=pytest.mark.long)
+            for end in ("lm_head", "embed_tokens")
+            for method, training in (
+                (Method.LORA, {}),
+                (Method.LORA, {"dtype": "float32"}),
+                (Method.LORA, {"optim": "sgd"}),
+                (Method.QLORA, {"exact": True}),
+                (Method.QLORA, {"gradient_checkpointing": False}),
+            )
+        ),
+    ],
+)
+def test_the_gradient_of_a_trained_end_is_made_beside_the_one_that_grows(
+    method: Method, saved: list[str], training: dict[str, Any], tmp_path: Path
+) -> None:
+    asked = job("llama", batch=1).model_dump()
+    asked["lora"]["modules_to_save"] = saved
+    spec = JobSpec.model_validate(asked | {"training": asked["training"] | training})
+    trace = trace_step(real(ENDS, tmp_path), spec, method, TOKENS, lean=is_lean(shape(ENDS), spec))
+    planned = plan(shape(ENDS), spec, method, Lengths(train=TOKENS, evaluate=1)).tensor_bytes
+    assert planned == pytest.approx(trace.peak, rel=0.01)
 
 
 CLASSIFIED = [  # few labels with one half of the settings, many with the other; all with TESTS=long

@@ -28,7 +28,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Stage
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.step import planned_labels
-from loractl.common.memory.weights import adapter_tensors, optimizer_name, state_bytes
+from loractl.common.memory.weights import adapter_state_bytes, adapter_tensors, optimizer_name
 from loractl.common.store.records import Claim
 from loractl.common.units import GIB
 from loractl.worker.device.devices import Device, find_device, torch_settings
@@ -70,10 +70,9 @@ def bytes_to_write(spec: JobSpec, method: Method, data_bytes: int = 0) -> int:
     shape = read_shape(spec.base_model, spec.revision)
     adapter = state = 0
     if shape is not None:
-        optimizer = optimizer_name(spec, method)
-        for elements, count in adapter_tensors(shape, spec, planned_labels(spec, None)):
-            adapter += 4 * elements * count
-            state += state_bytes(optimizer, elements) * count
+        tensors = list(adapter_tensors(shape, spec, planned_labels(spec, None)))
+        adapter = 4 * sum(elements * count for elements, count in tensors)
+        state = adapter_state_bytes(optimizer_name(spec, method), tensors)
     writes = CHECKPOINTS * (adapter + state) + adapter + 2 * FILE_LIMIT + TOKENISED * data_bytes
     return max(LEAST_BYTES, writes)
 

@@ -10,6 +10,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_parameter_names
 
+from loractl.common.memory.weights import state_bytes
+
 ADEMAMIX_BETA3, ADEMAMIX_ALPHA = 0.9999, 5.0
 """transformers' values, for which the job file has no keys."""
 
@@ -32,10 +34,22 @@ def make_optimizer(model: Any, args: TrainingArguments) -> Any:
 
         manager = GlobalOptimManager.get_instance()
         # trained embeddings get 32-bit state: in 8 bit they are unstable (arXiv:2110.02861, section 2.3)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Embedding) and module.weight.requires_grad:
-                manager.register_module_override(module, "weight", {"optim_bits": 32})
+        for module in _trained_embeddings(model):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
     return optimizer
+
+
+def state_sizes(model: Any, optimizer: str) -> list[int]:
+    """Bytes of the state that the optimizer of this name will keep for each trainable parameter of the model."""
+    embeddings = {id(module.weight) for module in _trained_embeddings(model)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [state_bytes(optimizer, parameter.numel(), embedding=id(parameter) in embeddings) for parameter in trained]
+
+
+def _trained_embeddings(model: Any) -> Iterator[torch.nn.Embedding]:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.weight.requires_grad:
+            yield module
 
 
 def _kind(args: TrainingArguments) -> Callable[[Any], Any]:

@@ -19,7 +19,6 @@ from transformers import TrainerCallback, TrainingArguments
 
 from loractl.common.job.adjustment import in_words, next_adjustment
 from loractl.common.job.status import Reason, Stage
-from loractl.common.memory.weights import state_bytes
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import in_a_sentence, in_batches, in_own_thread, is_out_of_memory, release
@@ -30,6 +29,7 @@ from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loop import TrainingLoop, TrainingRows
 from loractl.worker.engine.loss import ForwardPass, window_of
+from loractl.worker.engine.optimizer import state_sizes
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.saved_state import read_snapshot
 from loractl.worker.protocol.marker import Checkpoint
@@ -139,7 +139,7 @@ def _bytes_to_come(loop: TrainingLoop) -> int:
     room = PROCESSOR_ROOM_BYTES if loop.forward.device.type == "cpu" else 0
     if loop.optimizer.inner.state:
         return room
-    return room + sum(state_bytes(loop.args.optim.value, parameter.numel()) for parameter in loop.trained)
+    return room + sum(state_sizes(loop.model, loop.args.optim.value))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,12 +28,13 @@ from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.plan import Plan, traced_plan
 from loractl.common.memory.step import Lengths, checkpoints_activations, micro_batch, planned_labels
-from loractl.common.memory.weights import optimizer_name, state_bytes
+from loractl.common.memory.weights import optimizer_name
 from loractl.worker.base.arithmetic import Precision, compute_in
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.source import source_of
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import window_of
+from loractl.worker.engine.optimizer import state_sizes
 from loractl.worker.engine.passes.lean import LeanPass, RowsBehindEachOther
 
 from .kinds import trained_kind
@@ -118,7 +119,8 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean:
         live.watch([*model.parameters(), *model.buffers(), *constants])
         adapter = sum(_rounded(p.nbytes) for p in trained)
         weights = live.now - adapter
-        state = [torch.empty(state_bytes(optimizer_name(spec, method), p.numel()), dtype=torch.uint8) for p in trained]
+        sizes = state_sizes(model, optimizer_name(spec, method))
+        state = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         live.watch(state)
         held = live.now - weights - adapter
         rows = torch.zeros((texts, batch * tokens // texts), dtype=torch.int64)

@@ -32,6 +32,7 @@ from ..tables import (
     MetricPoint,
     Sweep,
     Use,
+    peak_of,
     ready_at,
 )
 from ..transaction import Transaction
@@ -276,7 +277,8 @@ def read_measured(
         asked = union(select(alike), *([select(related)] if family else [])).subquery()
     columns = (
         Attempt.device_name, Attempt.method, asked.c.family, asked.c.need_key, Attempt.vram_planned,
-        Attempt.vram_reserved, Attempt.vram_process, Attempt.vram_peak, Attempt.reason, Attempt.roomy,
+        Attempt.vram_reserved, Attempt.device_kind, Attempt.vram_process, Attempt.vram_peak, Attempt.reason,
+        Attempt.roomy,
     )  # fmt: skip
     query = select(*columns).join(asked, asked.c.job_id == Attempt.job_id).where(Attempt.device_kind == "nvml")
     query = query.where(Attempt.reason.in_([Reason.OK, Reason.OUT_OF_MEMORY]), Attempt.method.in_(list(Method)))
@@ -293,7 +295,7 @@ def read_measured(
             need_key=row.need_key,
             planned=row.vram_planned,
             reserved=row.vram_reserved,
-            peak=row.vram_process or row.vram_peak,
+            peak=peak_of(row) or None,
             out_of_memory=row.reason is Reason.OUT_OF_MEMORY,
             roomy=bool(row.roomy),
         )

@@ -86,6 +86,17 @@ def test_eight_bit_state_is_two_bytes_and_scales_but_not_for_small_tensors() -> 
     assert by_default < plan(shape(), job(lora={"r": 64}), Method.LORA).parts["optimizer"] / 3, "auto is paged 8-bit"
 
 
+def test_an_embedding_s_state_is_in_32_bit_for_8_bit_optimizers_too() -> None:
+    def state(optim: str, *saved: str) -> int:
+        spec = job(lora={"modules_to_save": saved}, training={"optim": optim})
+        return plan(shape(tie_word_embeddings=False), spec, Method.QLORA).parts["optimizer"]
+
+    n = 49152 * 576
+    for optim, moments in (("paged_adamw_8bit", 2), ("lion_8bit", 1), ("ademamix_8bit", 3), ("adamw_torch", 2)):
+        assert state(optim, "embed_tokens") - state(optim) == 4 * moments * n
+    assert state("adamw_8bit", "lm_head") - state("adamw_8bit") == 2 * (n + 4 * n // 256)
+
+
 def test_the_loss_takes_twelve_bytes_a_logit() -> None:
     exact = job(training={"exact": True})
     parts = plan(shape(), exact, Method.LORA).parts

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method, Need
 from loractl.common.job.status import Reason, Status
+from loractl.common.memory.context import CONTEXT_BYTES
 from loractl.common.memory.correction import ENGINE, FACTOR_BOUNDS, GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
 from loractl.common.memory.need_key import need_key
 from loractl.common.memory.plan import predict
@@ -375,8 +376,29 @@ def test_an_older_version_s_attempt_without_a_name_is_unknown(store: Store) -> N
     (one,) = store.attempts.measured()
     assert one == Measured(
         device_name="unknown", method=Method.LORA, family="llama", need_key="key-1", planned=10 * GIB,
-        reserved=10 * GIB, peak=GIB, out_of_memory=False,
+        reserved=10 * GIB, peak=GIB + CONTEXT_BYTES, out_of_memory=False,
     )  # fmt: skip
+
+
+@SQLITE_ALONE
+def test_where_nvml_shows_no_process_the_allocator_s_peak_counts_with_a_context(store: Store) -> None:
+    """In a container or WSL: without it the next job like it would be reserved too little, and run out of memory."""
+    show(store, total=48)
+    store.jobs.submit(submission(lora=10, method="lora", need_key="key-1", family="llama"))
+    store.attempts.finish(claim(store), Reason.OK, "done", Progress(vram_peak=8 * GIB), RESULT)
+    assert peaks_like("key-1", Method.LORA, store.attempts.measured()) == [8 * GIB + CONTEXT_BYTES]
+    need = learned(Need(lora=10 * GIB, qlora=None), "key-1", store.attempts.measured("key-1", "llama")).lora
+    assert need is not None and need - CONTEXT_BYTES > 8 * GIB, "the allocator has no less than it took"
+
+
+@SQLITE_ALONE
+def test_a_small_job_that_nvml_does_not_show_held_its_context_too(store: Store) -> None:
+    """Else an outsider would be blamed, and the job run out of memory again with no more than before."""
+    job_id = store.jobs.submit(submission(lora=2, method="lora"))
+    show(store)
+    mine = claim(store)
+    store.attempts.finish(mine, Reason.OUT_OF_MEMORY, "full", Progress(vram_peak=int(1.4 * GIB)))
+    assert store.jobs.get(job_id).vram_lora == int(2 * GIB * GROWTH)
 
 
 LLAMA = {
