@@ -20,7 +20,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import ArtifactError, DataError, NotStorable, ReportUnknown, ResultTaken, ServiceUnreachable, WrongStore
+from .errors import (
+    ArtifactError,
+    DataError,
+    NotStorable,
+    ReportUnknown,
+    ResultTaken,
+    ServiceUnreachable,
+    StoreFailed,
+    WrongStore,
+)
 from .files import Doing, Folder, Unfinished, nothing_told, open_files
 from .settings import S3Keys, Settings, redacted
 
@@ -440,7 +449,7 @@ class ArtifactStore:
             # s3fs and fsspec report the service's answers as OSError; without an errno the service did not answer.
             why = error.strerror or str(error) or type(error).__name__
             hint = _HINTS.get(error.errno or 0, "check LORACTL_ARTIFACTS_URL and its free space")
-            raise ArtifactError(f"{doing} in {redacted(self.url)}: {why}", hint) from error
+            raise StoreFailed(f"{doing} in {redacted(self.url)}: {why}", hint) from error
         except Exception as error:
             if type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
                 raise

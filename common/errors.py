@@ -252,6 +252,10 @@ class ArtifactError(LoractlError):
     """An artifact could not be stored, or what is stored does not match its manifest."""
 
 
+class StoreFailed(ArtifactError):
+    """The store, or the disk in front of it, failed or refused at this moment. What is stored may be whole."""
+
+
 class ReportUnknown(ArtifactError, KeyError):
     """A stored report has a form that no loractl wrote; a KeyError too, for readers of older reports."""
 

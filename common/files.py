@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -41,6 +41,9 @@ _MOST_PARTS = 10_000
 
 _UNSYNCED = 32 << 20
 """Bytes that may wait for a folder's disk, for the same reason: waiting for the disk is one call."""
+
+_REMOVED = 1000
+"""Objects that S3 removes in one call, at most."""
 
 _AS_DATA = {"ContentType": "application/octet-stream", "ContentDisposition": "attachment"}
 """For S3: makes a browser save an object, instead of showing a report.html as a page of the store."""
@@ -142,7 +145,21 @@ class Bucket:
         for some in ([name for name in names if first(name)], [name for name in names if not first(name)]):
             if some:
                 self._doing(f"removing {part}")
-                self._fs.rm([self._at(name) for name in some])
+                self._remove([self._at(name) for name in some])
+
+    def _remove(self, paths: Sequence[str]) -> None:
+        """fsspec's own way passes over what S3 answers of each object that may not go, or could not."""
+        if not hasattr(self._fs, "call_s3"):
+            self._fs.rm(paths)
+            return
+        bucket, *_ = self._fs.split_path(paths[0])
+        keys = [{"Key": self._fs.split_path(path)[1]} for path in paths]
+        for some in (keys[start : start + _REMOVED] for start in range(0, len(keys), _REMOVED)):
+            answer = self._fs.call_s3("delete_objects", Bucket=bucket, Delete={"Objects": some, "Quiet": True})
+            for error in answer.get("Errors") or ():
+                number = errno.EACCES if error.get("Code") == "AccessDenied" else errno.EIO
+                told = ": ".join(filter(None, (error.get("Code"), error.get("Message"))))
+                raise OSError(number, told, error.get("Key"))
 
     def prune(self, part: str) -> None:
         """Remove an empty folder; a bucket has none."""

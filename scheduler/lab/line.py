@@ -229,7 +229,8 @@ def _elsewhere(url: str, address: str | None) -> str:
         return url
     user, at, _ = parts.netloc.rpartition("@")
     port = f":{parts.port}" if parts.port else ""
-    return parts._replace(netloc=f"{user}{at}{address}{port}").geturl()
+    host = f"[{address}]" if ":" in address else address
+    return parts._replace(netloc=f"{user}{at}{host}{port}").geturl()
 
 
 def _option(url: str, name: str) -> str | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
+
 from loractl.common.text import clean_line
+from loractl.common.units import clock
 from loractl.scheduler.cli.screen import Screen, joined, wrapped_table
 
 from .health.condition import Diagnosis, Level
@@ -40,7 +43,7 @@ def lab_made(answer: LabAnswer) -> str:
 def invited(answer: LabAnswer) -> str:
     """The join lines, each below what it is for."""
     lines = [f"{_whom(ticket)}:\n\n    loractl join {ticket.line}\n" for ticket in answer.tickets]
-    until = f"{answer.until.astimezone():%H:%M}"
+    until = clock(answer.until, dt.datetime.now(dt.UTC))
     lines.append(f"Each line serves once, until {until}. More: loractl lab invite --box heron --person ada")
     if answer.only_here:
         lines.append(f"They lead to {answer.host}, which only this machine reaches: use --address for others.")

@@ -23,6 +23,7 @@ from loractl.common.text import in_words, when_they_end
 from loractl.common.units import clock, duration, gib, hours
 
 from .cards import KEPT, SILENT_S, Asking, Chance, silent_s
+from .sooner import change_of
 
 AT_ONCE_S = 20.0
 """A job that the rule places and that has waited no longer than this will be taken in a moment."""
@@ -79,11 +80,11 @@ def _never(asking: Asking) -> Wait | None:
             steps = max(1, job.spec["training"]["save_steps"] // 2)
             helps, command = "With its first checkpoint sooner", f"{edit} training.save_steps={steps}"
     elif most is not None and Method.QLORA not in me.methods and job.vram_qlora and job.vram_qlora <= most:
-        helps, command = f"It could start with {gib(job.vram_qlora)} GiB as QLoRA", f"{edit} method=qlora"
+        helps = f"It could start with {gib(job.vram_qlora)} GiB as QLoRA"
+        command = f"{change_of(job)} --set method=qlora"
         if job.checkpoint is not None:
             why += f"; it goes on from its checkpoint of step {job.checkpoint['step']} with {me.methods[0]} alone"
             helps = f"From step 0, with {gib(job.vram_qlora)} GiB as QLoRA"
-            command = f"loractl submit --like {job.job_id} --set method=qlora"
     return Wait(tier=Tier.NEVER, word="never", sentence=why, helps=helps, command=command)
 
 

@@ -44,8 +44,16 @@ Form = tuple[Waiting, int, str, str]
 
 def _with_qlora(job: Job, me: Waiting) -> Iterator[Form]:
     if Method.QLORA not in me.methods and job.vram_qlora is not None:
-        changed = replace(me, methods=(Method.QLORA,))
-        yield changed, job.vram_qlora, "method: qlora", f"loractl edit {job.job_id} --set method=qlora"
+        changed, form = replace(me, methods=(Method.QLORA,)), "method: qlora"
+        form += ", from step 0" if job.checkpoint is not None else ""
+        yield changed, job.vram_qlora, form, f"{change_of(job)} --set method=qlora"
+
+
+def change_of(job: Job) -> str:
+    """The command by which a job gets settings of another training: one that has begun keeps its own, and so do members
+    of a sweep (`change/amendment.py`)."""
+    is_bound = job.attempt > 0 or job.sweep_id is not None
+    return f"loractl submit --like {job.job_id}" if is_bound else f"loractl edit {job.job_id}"
 
 
 def _smaller(job: Job, me: Waiting, cards: Sequence[Card]) -> Iterator[Form]:

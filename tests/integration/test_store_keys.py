@@ -85,7 +85,16 @@ class Gate(BaseHTTPRequestHandler):
         name = re.findall(r"Credential=(\w+)/", self.headers["Authorization"])[0]
         query = parse_qs(parts.query, keep_blank_values=True)
         wanted = wants(self.command, unquote(parts.path), query, body)
-        if not all(may(policy(), name, action, resource) for action, resource in wanted):
+        refused = [resource for action, resource in wanted if not may(policy(), name, action, resource)]
+        if refused and "delete" in query:  # as S3 does: 200, and an error for each that may not go
+            keys = (resource.partition("/")[2] for resource in refused)
+            told = "".join(
+                f"<Error><Key>{key}</Key><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+                for key in keys
+            )
+            self._answer(200, {}, f"<DeleteResult>{told}</DeleteResult>".encode())
+            return
+        if refused:
             self._answer(403, {}, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
             return
         self.asked.update((action, name) for action, _ in wanted)

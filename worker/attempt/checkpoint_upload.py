@@ -133,7 +133,7 @@ class CheckpointUpload:
                 sha256 = manifest_sha256(self._artifacts.put_result(copy.folder, prefix))
                 copy.stored = StoredCheckpoint(step=copy.step, prefix=prefix, manifest_sha256=sha256)
             if not self._store.attempts.keep_checkpoint(claim, copy.stored):
-                self._removing.remove_checkpoint(copy.stored.prefix)  # the lease is lost: no row will name it
+                self._remove_unnamed(copy.stored.prefix)
                 return True
         except Exception as error:  # noqa: BLE001  if this thread ended, no later checkpoint would be stored
             return self._tell_of_failure(copy, error)
@@ -145,6 +145,13 @@ class CheckpointUpload:
             self._spent.append(before.prefix)
         self._remove_spent(copy.stored.prefix)
         return True
+
+    def _remove_unnamed(self, prefix: str) -> None:
+        """The lease is lost: no row will name it. One may do so, where an earlier try was written and its answer lost,
+        and the next attempt goes on from it."""
+        job = self._store.jobs.numbered([self._claim.job_id]).get(self._claim.job_id)
+        if job is None or (job.checkpoint or {}).get("prefix") != prefix:
+            self._removing.remove_checkpoint(prefix)
 
     def _tell_of_failure(self, copy: _Copy, error: Exception) -> bool:
         """True: the copy is gone, and no other try can help. An ended attempt removes its copies, even during an

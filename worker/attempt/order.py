@@ -19,7 +19,14 @@ from loractl.common.adapter_config import CONFIG, check_adapter_config
 from loractl.common.artifacts import WEIGHTS
 from loractl.common.binding import checkpoint_binding, result_binding
 from loractl.common.channels import VARIABLES
-from loractl.common.errors import AdapterNotFound, ArtifactError, JobNotFound, ServiceUnreachable, WrongState
+from loractl.common.errors import (
+    AdapterNotFound,
+    ArtifactError,
+    JobNotFound,
+    ServiceUnreachable,
+    StoreFailed,
+    WrongState,
+)
 from loractl.common.files import remove_tree
 from loractl.common.job.ancestor import ancestor_job, misfits
 from loractl.common.job.method import Method
@@ -290,7 +297,7 @@ def stored_checkpoint(place: Workplace, attempt: SupervisedAttempt) -> list[Path
     """Fetch the newest checkpoint from the artifact store, unless it is here. Another box may have written it.
 
     One that does not match its row is refused, and the history says so. One that this attempt has found broken is
-    removed there.
+    removed there. Raises StoreFailed: an attempt that begins anew would replace what the next one may well get.
     """
     claim, kept, folder = attempt.claim, attempt.claim.checkpoint, attempt.stored
     here = [] if kept is None else folder.parent.glob(f"attempt-*/checkpoints/checkpoint-{kept.step}")
@@ -304,6 +311,8 @@ def stored_checkpoint(place: Workplace, attempt: SupervisedAttempt) -> list[Path
     remove_tree(folder)
     try:
         place.artifacts.pull(checkpoint_binding(kept), target)
+    except StoreFailed:
+        raise
     except ArtifactError as error:
         log.warning("job %s: the checkpoint of step %s is lost: %s", claim.job_id, kept.step, error.sentence)
         note("refused", f"the stored checkpoint of step {kept.step} is not resumed: {error.sentence}")

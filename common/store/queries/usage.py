@@ -133,7 +133,7 @@ def read_allowances(
     return {
         user: Allowance(
             user=user, card_hours=quota.card_hours, window_s=quota.window_s, soft=quota.soft,
-            used=quota.used + so_far[user], below_at=quota.below_at,
+            used=quota.used + so_far[user], below_at=None if so_far[user] >= quota.card_hours else quota.below_at,
         )
         for user, quota in quotas.items()
     }  # fmt: skip

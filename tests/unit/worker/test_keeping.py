@@ -13,7 +13,7 @@ import pytest
 from loractl.common.artifacts import ArtifactStore, Manifest
 from loractl.common.binding import checkpoint_binding
 from loractl.common.errors import ServiceUnreachable
-from loractl.common.job.status import Reason
+from loractl.common.job.status import Reason, Status
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint
 from loractl.common.store.store import AttemptVerbs, Store
 from loractl.worker.attempt import checkpoint_upload
@@ -182,6 +182,40 @@ def test_what_is_stored_waits_for_the_database_without_being_stored_again_and_no
     assert client.uploads == 3, "one for each checkpoint"
     held = tmp_path / "artifacts" / "jobs" / str(job_id) / "checkpoints"
     assert [path.name for path in held.iterdir()] == ["1-15"]
+
+
+class AnswerLost(AttemptVerbs):
+    """A database that writes, and goes away before it says so; it is back when the lease is over."""
+
+    tries = 0
+
+    def keep_checkpoint(self, claim: Claim, checkpoint: StoredCheckpoint) -> bool:
+        kept: bool = super().keep_checkpoint(claim, checkpoint)
+        self.tries += 1
+        if self.tries > 1:
+            return kept
+        self.finish(claim, Reason.WORKER_LOST, "it was not heard of", Progress())
+        raise ServiceUnreachable("the database", "it", "LORACTL_DATABASE_URL", "it is away")
+
+
+def test_what_the_row_names_stays_though_its_attempt_has_lost_the_lease_by_the_next_try(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_upload, "AGAIN_S", 0.05)
+    job_id, claim = store.jobs.submit(submission()), take(store)
+    assert isinstance(claim, Claim)
+    store.attempts = verbs = AnswerLost(store.begin)
+    keeper = CheckpointUpload(Counted((tmp_path / "artifacts").as_uri()), store, claim, tmp_path / "keeping")
+    (saved := tmp_path / "saved").mkdir()
+    (saved / "state").write_text("1")
+    keeper.offer(saved, 5)
+    _until_taken(tmp_path / "keeping" / "step-5")
+    keeper.close()
+    assert keeper.done(20) and verbs.tries == 2
+    row = store.jobs.get(job_id)
+    assert row.status is Status.QUEUED and row.checkpoint is not None and row.checkpoint["step"] == 5
+    held = tmp_path / "artifacts" / "jobs" / str(job_id) / "checkpoints"
+    assert [path.name for path in held.iterdir()] == ["1-5"]
 
 
 class Slow(StoreClient):

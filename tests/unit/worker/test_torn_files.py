@@ -13,6 +13,7 @@ import pytest
 
 from loractl.common.artifacts import ArtifactStore, checkpoint_prefix, manifest_sha256, sha256_of
 from loractl.common.data.examples import Example
+from loractl.common.errors import StoreFailed
 from loractl.common.job.identity import data_digest, training_digests
 from loractl.common.job.method import Method
 from loractl.common.job.sections import DataFormat, DatasetSpec
@@ -140,6 +141,21 @@ def test_a_stored_checkpoint_is_fetched_when_the_local_one_is_torn(tmp_path: Pat
     fetched = stored_checkpoint(place, second(place, kept))
     assert bool(fetched) is not whole
     assert all(is_complete(folder / "checkpoint-5") for folder in fetched)
+
+
+def test_a_store_that_fails_at_this_moment_loses_no_checkpoint(tmp_path: Path) -> None:
+    """An attempt that began anew would soon store one of its own, and remove this one."""
+    place = workplace(tmp_path)
+    kept = StoredCheckpoint(step=5, prefix=checkpoint_prefix(1, 1, 5))
+    place.artifacts.put_result(checkpoint(tmp_path / "saved"), kept.prefix)
+    (stored,) = (tmp_path / "artifacts").rglob("optimizer.pt")
+    aside = stored.rename(stored.with_name("aside"))
+    stored.mkdir()  # reading it is an error of the disk, also for root
+    with pytest.raises(StoreFailed):
+        stored_checkpoint(place, second(place, kept))
+    stored.rmdir()
+    aside.rename(stored)
+    assert stored_checkpoint(place, second(place, kept))
 
 
 def test_a_stored_checkpoint_that_somebody_has_replaced_is_not_resumed_and_the_history_says_so(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from loractl.common.artifacts import ArtifactStore, Binding, Manifest, StoredFile
-from loractl.common.errors import ArtifactError, NotStorable, ResultTaken, ServiceUnreachable, WrongStore
+from loractl.common.errors import ArtifactError, NotStorable, ResultTaken, ServiceUnreachable, StoreFailed, WrongStore
 from loractl.common.settings import load_settings, redacted
 
 log = logging.getLogger("loractl.worker")
@@ -238,6 +238,10 @@ def manifest_of(answer: dict[str, Any]) -> Manifest:
     return {name: StoredFile(**file) for name, file in answer.items()}
 
 
+_KINDS = {ResultTaken: "taken", NotStorable: "not storable", StoreFailed: "failed"}
+"""An ArtifactError's kinds, by name."""
+
+
 def as_answer(error: Exception) -> dict[str, Any]:
     """An error for the pipe."""
     if isinstance(error, WrongStore):
@@ -245,8 +249,7 @@ def as_answer(error: Exception) -> dict[str, Any]:
     if isinstance(error, ServiceUnreachable):
         return {"kind": "unreachable", "facts": list(error.facts)}
     if isinstance(error, ArtifactError):
-        own = "taken" if isinstance(error, ResultTaken) else "not storable" if isinstance(error, NotStorable) else None
-        return {"kind": own or "artifact", "facts": [error.sentence, error.hint]}
+        return {"kind": _KINDS.get(type(error), "artifact"), "facts": [error.sentence, error.hint]}
     if isinstance(error, OSError):
         named = error.filename and str(error.filename)
         return {"kind": "os", "facts": [error.errno, error.strerror or str(error), named]}
@@ -259,8 +262,7 @@ def as_error(answer: dict[str, Any]) -> Exception:
         "unreachable": ServiceUnreachable,
         "wrong store": WrongStore,
         "artifact": ArtifactError,
-        "taken": ResultTaken,
-        "not storable": NotStorable,
+        **{kind: error for error, kind in _KINDS.items()},
         "os": OSError,
     }
     return kinds.get(answer["kind"], RuntimeError)(*answer["facts"])

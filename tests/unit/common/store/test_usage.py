@@ -204,6 +204,21 @@ def test_beyond_a_hard_quota_jobs_wait_until_enough_is_past(timed: Store, clock:
     assert again(timed, "owl:0").job_id == held
 
 
+def test_while_a_running_job_alone_exceeds_a_quota_nobody_knows_when_jobs_start_again(
+    timed: Store, clock: Clock
+) -> None:
+    timed.usage.set_quota("ada", 1.0, 86400, soft=False)
+    first, second = start(timed, gib=48), start(timed, gib=48, node="owl:0")
+    clock.forward(7200)
+    end(timed, first)
+    timed.cards.take_turn(0.0, 0.0)
+    allowance = timed.usage.allowances()["ada"]
+    assert allowance.exceeded and allowance.below_at is None
+    end(timed, second)
+    timed.cards.take_turn(0.0, 0.0)
+    assert timed.usage.allowances()["ada"].below_at is not None
+
+
 @pytest.mark.parametrize("ahead", [dt.timedelta(days=6), dt.timedelta(days=200)])
 def test_a_clock_that_was_ahead_uses_up_no_quota(timed: Store, clock: Clock, ahead: dt.timedelta) -> None:
     """Neither now nor once its hours have come, as far as no attempt takes so long."""

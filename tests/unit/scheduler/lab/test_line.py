@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from sqlalchemy import make_url
 
 from loractl.common.errors import UsageError
-from loractl.scheduler.lab.line import JoinLine, new_secret, read_line
+from loractl.common.settings import load_settings
+from loractl.scheduler.lab.line import JoinLine, addresses_of, new_secret, read_line
 
 
 def line(**changed: object) -> JoinLine:
@@ -61,3 +63,14 @@ def test_what_is_sealed_opens_with_its_key_alone_and_unchanged() -> None:
     for wrong, text in ((other, sealed), (mine, sealed[:-8] + "AAAAAAA="), (mine, "")):
         with pytest.raises(ValueError, match="another line"):
             wrong.unseal(text)
+
+
+@pytest.mark.parametrize(("address", "there"), [("10.0.0.5", "10.0.0.5"), ("fd00::5", "[fd00::5]")])
+def test_an_address_takes_the_place_of_one_that_only_this_machine_reaches(
+    tmp_path: Path, address: str, there: str
+) -> None:
+    said = {
+        "LORACTL_HOME": str(tmp_path), "LORACTL_DATABASE_URL": "postgresql://lab:p@127.0.0.1/lab",
+        "LORACTL_REDIS_URL": "redis://:p@127.0.0.1:6379/0",
+    }  # fmt: skip
+    assert addresses_of(load_settings(said), False, address).redis_url == f"redis://:p@{there}:6379/0"

@@ -24,7 +24,7 @@ from loractl.common.units import GIB, clock
 from loractl.scheduler.wait.cards import SILENT_S, card_fits, closed_cards, process_name, trouble_of
 from loractl.scheduler.wait.queue import WaitingJobs, reason, without_queue
 from loractl.scheduler.wait.reasons import Tier, explain
-from loractl.scheduler.wait.sooner import without_others
+from loractl.scheduler.wait.sooner import sooner, without_others
 from loractl.scheduler.wait.starts import LISTED_JOBS, MOST_STARTS, ExpectedStart, ahead_of, outlook, why_unknown
 
 from ...factories import NOON
@@ -68,6 +68,22 @@ def test_the_smaller_method_of_several_decides_what_never_fits() -> None:
     assert told(waits(lora=30, qlora=20, methods=LORA_ONLY), card(total=24))[0] == "never"
     until = in_seconds(3600)
     assert told(waits(lora=30, qlora=20, lora_until=until), card(total=24))[0] != "never", "it will take QLoRA later"
+
+
+@pytest.mark.parametrize(
+    ("bound", "command"),
+    [
+        ({}, "loractl edit 7 --set method=qlora"),
+        ({"sweep_id": 3}, "loractl submit --like 7 --set method=qlora"),
+        ({"attempt": 1}, "loractl submit --like 7 --set method=qlora"),
+    ],
+)
+def test_the_command_for_qlora_is_one_that_the_job_takes(bound: dict[str, int], command: str) -> None:
+    """A member of a sweep, or a job that has begun, keeps its method."""
+    job = waits(7, lora=30, qlora=20, methods=LORA_ONLY, **bound)
+    assert explain(job, fleet([card(total=24)], waiting=[job])).command == command
+    busy = fleet([card(total=24), card("b:0", total=48)], ran=[running(1, "b:0", 40, 600)], waiting=[job])
+    assert (found := sooner(job, busy)) is not None and found[1] == command
 
 
 # --- policy ---
