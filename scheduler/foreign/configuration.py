@@ -229,14 +229,17 @@ def _axolotl_kind(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, An
 def factory_rows(draft: Draft, file: Path, folder: Path) -> None:
     """Carry `dataset` and `eval_dataset`. Raises UsageError if there is none, and for pictures."""
     theirs = draft.theirs
-    if "dataset" not in theirs:
+    names = _names(theirs.get("dataset", []))
+    if not names:
         raise UsageError(f"{file} names no data set", f"dataset is a name from {_LISTING}")
     named = str(theirs.get("dataset_dir", "data"))
     # LLaMA-Factory runs in the folder above its examples, and resolves paths there
     places = [file.parent / named, Path(named), *(above / named for above in file.resolve().parents[1:4])]
     place = next((place for place in places if _is_file(place / _LISTING)), places[0])
-    for number, name in enumerate(_names(theirs["dataset"])):
+    for number, name in enumerate(names):
         key = "dataset" if number == 0 else f"dataset: {name}"
+        if key in draft.more:  # trained on for a third time
+            key += f" ({number + 1})"
         _add(draft, key, _listed(draft, name, place, folder))
     for number, name in enumerate(_names(theirs.get("eval_dataset", []))):
         if number == 0:
@@ -246,7 +249,8 @@ def factory_rows(draft: Draft, file: Path, folder: Path) -> None:
 
 
 def _names(named: Any) -> list[str]:
-    return [str(name).strip() for name in (named if isinstance(named, list) else str(named).split(","))]
+    each = [str(name).strip() for name in (named if isinstance(named, list) else str(named).split(",")) if name]
+    return [name for name in each if name]
 
 
 def _listed(draft: Draft, name: str, place: Path, folder: Path) -> dict[str, Any]:

@@ -348,7 +348,8 @@ class Life(RuleBasedStateMachine):
 
     def let_go(self, ended: Known) -> None:
         """An attempt's end lets go who waits for its job."""
-        ended.has_ended, ended.has_succeeded = ended.status in ENDED, ended.status is Status.SUCCEEDED
+        ended.has_ended |= ended.status in ENDED
+        ended.has_succeeded |= ended.status is Status.SUCCEEDED
         for job in self.known.values():
             if ended.status in ENDED and job.awaits is ended:
                 job.go_on()

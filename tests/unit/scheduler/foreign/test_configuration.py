@@ -181,6 +181,16 @@ def test_a_llama_factory_file_becomes_a_job_with_its_listed_data(tmp_path: Path)
     accounted(told, FACTORY)
 
 
+def test_a_data_set_that_is_named_several_times_is_read_as_often(tmp_path: Path) -> None:
+    told, spec = imported(tmp_path, FACTORY.replace("tickets,identity", "tickets, identity, identity, ,identity,"))
+    assert [more.path for more in spec.dataset.more] == ["identity"] * 3, "a comma too many names nothing"
+    assert {key for key, ours in told["carried"].items() if ours == "dataset.more"} == {
+        "dataset: identity", "dataset: identity (3)", "dataset: identity (4)",
+    }  # fmt: skip
+    told, spec = imported(tmp_path, f"{LISTED}\n".replace("rows", "[rows, {}, {}]".format('"\\0"', '"\\0"')))
+    assert spec.dataset.path == "rows" and not spec.dataset.more, "what a job file refuses is left out, each time"
+
+
 def test_conversations_of_a_listed_data_set_keep_their_tags(tmp_path: Path) -> None:
     tags = {"role_tag": "who", "content_tag": "said", "user_tag": "human", "assistant_tag": "gpt"}
     entry = {"hf_hub_url": "org/talks", "formatting": "sharegpt", "columns": {"messages": "talk"}, "tags": tags}
